@@ -1,0 +1,647 @@
+"""Data: box formats and overlaps, COCO and generated data sets, augmentation, batches.
+
+    dataset = CocoDataset("annotations/instances_val2017.json", "val2017")
+    dataset = ShapesDataset("train")                                   # no files, no download
+    image, target = dataset[0]                                         # uint8 (3, H, W), dict
+    loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 8), collate_fn=collate)
+
+Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) float32 cxcywh in
+[0, 1] of the unpadded image, "index" (position in the data set), "orig_size" (height, width).
+Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentation).
+"""
+
+import json
+import math
+import os
+import random
+import zlib
+from collections import namedtuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# Names by original category id, as the officially released DETR files number their 91 outputs;
+# eleven of these ids were never used.
+COCO_CLASSES = (
+    ",person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
+    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,"
+    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
+    "couch,potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,"
+    "microwave,oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush").split(",")
+
+
+# -- boxes ---------------------------------------------------------------------------------------
+
+def cxcywh_to_xyxy(boxes):
+    """Centre and size to corners; boxes (..., 4), any unit."""
+    cx, cy, w, h = boxes.unbind(-1)
+    return torch.stack([cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h], -1)
+
+
+def xyxy_to_cxcywh(boxes):
+    """Corners to centre and size; boxes (..., 4), any unit."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], -1)
+
+
+def overlap(a, b):
+    """IoU and generalised IoU of boxes a and b, element by element, with broadcasting.
+
+    a, b (..., 4) xyxy in the same unit, x2 >= x1 and y2 >= y1. Returns two tensors (...).
+    Boxes without area have IoU 0 and no NaN, also not in the gradient.
+    Source: generalised IoU, arXiv:1902.09630, Algorithm 1.
+    """
+    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
+    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
+    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    inter = wh[..., 0] * wh[..., 1]
+    union = area_a + area_b - inter
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = hull[..., 0] * hull[..., 1]
+    eps = 1e-12                                  # a box of one millionth of the image's side
+    iou = inter / union.clamp(min=eps)
+    return iou, iou - (hull - union) / hull.clamp(min=eps)
+
+
+def box_iou(a, b):
+    """IoU of every box in a (..., N, 4) with every box in b (..., M, 4), xyxy: (..., N, M)."""
+    return overlap(a[..., :, None, :], b[..., None, :, :])[0]
+
+
+def generalized_box_iou(a, b):
+    """Generalised IoU, in [-1, 1], of every box in a (..., N, 4) with every one in b (..., M, 4)."""
+    return overlap(a[..., :, None, :], b[..., None, :, :])[1]
+
+
+# -- images --------------------------------------------------------------------------------------
+
+def read_image(path, size=None, note=""):
+    """The picture a viewer shows, as a PIL image in RGB.
+
+    Turned upright by its EXIF orientation, unless only the raw pixels have the `size` (height,
+    width) that the annotations state: then the boxes were drawn on the raw pixels. Transparent
+    pixels lie on white, 16-bit grey is scaled to 8 bit. Raises FileNotFoundError, and ValueError
+    for a file that cannot be decoded or has another size; `note` (the image's id, say) is added.
+    """
+    name = f"{path}{note}"
+    try:
+        with Image.open(path) as raw:
+            raw.load()                           # Image.open alone accepts a truncated file
+            image = ImageOps.exif_transpose(raw)
+            if size is not None and (image.height, image.width) != tuple(size):
+                if (raw.height, raw.width) != tuple(size):
+                    raise ValueError(
+                        f"{name}: the file is {raw.width} x {raw.height} pixels (width x height), "
+                        f"the annotations say {size[1]} x {size[0]}: annotate the file that is there")
+                image = raw
+            return to_rgb(image, name)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} not found: is the image folder the right one?") from None
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image ({error}): replace the file or remove "
+                         f"it from the annotations") from None
+
+
+def to_rgb(image, name):
+    """`image` in RGB as a viewer shows it; ValueError for modes without a defined look."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    if image.mode.startswith("I"):               # 16 bit, by file format in mode I;16 or I
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
+                             f"defined brightness, save the image with 8 or 16 bits")
+        return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
+        raise ValueError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
+                         f"save the image as 8-bit RGB or grey")
+    return image.convert("RGB")
+
+
+def draw_boxes(image, boxes_xyxy, names, scores=None):
+    """A copy of the PIL image with boxes (pixels), class names and, where given, scores."""
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    line = max(1, round(min(image.size) / 200))
+    font = ImageFont.load_default(max(10, round(min(image.size) / 28)))
+    order = range(len(names)) if scores is None else np.argsort(np.asarray(scores))  # best on top
+    for i in order:
+        x1, y1, x2, y2 = [float(v) for v in boxes_xyxy[i]]
+        color = f"hsl({zlib.crc32(names[i].encode()) % 360}, 90%, 40%)"  # a class keeps its colour
+        draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
+        text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
+        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font, anchor="lb")
+        x = max(0, min(left, image.width - right + left)) - left         # keep the label inside
+        y = max(0, -top)
+        draw.rectangle([left + x, top + y, right + x, bottom + y], color)
+        draw.text((x1 + x, y1 + y), text, "white", font=font, anchor="lb")
+    return image
+
+
+def contact_sheet(items, columns=4, side=320):
+    """One PIL image of up to 16 `items`, each a tuple of draw_boxes' arguments, in rows of
+    `columns`; every image is scaled to fit side x side pixels before its boxes are drawn."""
+    items = items[:16]
+    rows = math.ceil(len(items) / columns)
+    sheet = Image.new("RGB", (min(columns, len(items)) * side, rows * side), "white")
+    for k, (image, boxes, *rest) in enumerate(items):
+        scale = (side - 4) / max(image.size)
+        image = image.resize([max(1, round(v * scale)) for v in image.size])
+        tile = draw_boxes(image, np.asarray(boxes) * scale, *rest)
+        sheet.paste(tile, (k % columns * side + 2, k // columns * side + 2))
+    return sheet
+
+
+# -- augmentation --------------------------------------------------------------------------------
+
+def resized(h, w, size, max_size=None):
+    """(height, width) with the shorter side `size`, or less where the longer passes `max_size`.
+
+    The official rule to the pixel: the size is rounded half to even, the longer side cut down,
+    so that it can pass max_size by one.
+    """
+    short, long = min(h, w), max(h, w)
+    if max_size is not None and long / short * size > max_size:
+        size = int(round(max_size * short / long))
+    if short == size:
+        return h, w
+    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
+
+
+# What is done to an image: flip (bool), resize to `first` (h, w), crop (top, left, h, w), resize to
+# `size` (h, w); None leaves a step out. Drawn from the sizes alone, so that the sampler knows every
+# image's final shape without opening a file.
+Plan = namedtuple("Plan", "flip first crop size")
+
+
+def plan_validation(h, w, image_size, max_size):
+    """The official validation transform: shorter side `image_size`, longer at most `max_size`."""
+    return Plan(False, None, None, resized(h, w, image_size, max_size))
+
+
+def plan_training(h, w, image_size, max_size, rng):
+    """The official training augmentation, drawn from `rng` (random.Random).
+
+    For image_size 800: flip with 1/2; then with 1/2 resize the shorter side to one of 480, 512, ...,
+    800, else resize it to 400, 500 or 600, crop 384 to 600 pixels a side, and resize as before.
+    Other values of image_size scale all these numbers. Source: DETR, Appendix A.4.
+    """
+    def scaled(v):
+        return max(1, round(v * image_size / 800))
+    flip, first, crop = rng.random() < 0.5, None, None
+    if rng.random() < 0.5:
+        h, w = first = resized(h, w, scaled(rng.choice((400, 500, 600))))
+        ch, cw = (rng.randint(scaled(384), min(side, scaled(600))) for side in (h, w))
+        crop = rng.randint(0, h - ch), rng.randint(0, w - cw), ch, cw
+        h, w = ch, cw
+    return Plan(flip, first, crop, resized(h, w, scaled(rng.choice(range(480, 801, 32))), max_size))
+
+
+def apply_plan(image, boxes, labels, plan):
+    """Carry out `plan` on a PIL image, its boxes (T, 4) float32 xyxy in pixels, and their labels.
+
+    Boxes are clipped to the crop; those left without area go, and their labels with them.
+    """
+    if plan.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1]) + np.float32(
+            [image.width, 0, image.width, 0])
+    if plan.first:
+        image, boxes = resize(image, boxes, plan.first)
+    if plan.crop:
+        top, left, h, w = plan.crop
+        image = image.crop((left, top, left + w, top + h))
+        boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([w, h, w, h]))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, labels = boxes[keep], labels[keep]
+    image, boxes = resize(image, boxes, plan.size)
+    return image, boxes, labels
+
+
+def resize(image, boxes, size):
+    """PIL image and pixel boxes (T, 4), resized to (height, width), bilinear with antialiasing."""
+    if (image.height, image.width) == tuple(size):
+        return image, boxes
+    sy, sx = size[0] / image.height, size[1] / image.width
+    return image.resize(size[::-1], Image.Resampling.BILINEAR), boxes * np.float32([sx, sy, sx, sy])
+
+
+# -- data sets -----------------------------------------------------------------------------------
+
+class DetectionDataset(torch.utils.data.Dataset):
+    """Images with boxes; a subclass fills the arrays and says how image i is read.
+
+    Everything lies in numpy arrays, not in Python objects, so that loader workers share the
+    memory. Images are in ascending order of their ids.
+
+    classes: K names; category_ids: their K original ids
+    image_ids (N,), sizes (N, 2) (height, width); annotations of image i: offsets[i]:offsets[i + 1]
+    boxes (M, 4) float64 xywh in pixels as annotated, labels (M,) class index, area (M,), crowd (M,)
+    """
+
+    def __init__(self, image_size, max_size, augment, seed):
+        self.image_size, self.max_size = image_size, max_size
+        self.augment, self.seed = augment, seed
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def plan(self, epoch, i):
+        """The Plan of image i in an epoch: a pure function of (seed, epoch, i)."""
+        h, w = self.sizes[i].tolist()
+        if not self.augment:
+            return plan_validation(h, w, self.image_size, self.max_size)
+        rng = random.Random(f"{self.seed} {epoch} {i}")
+        return plan_training(h, w, self.image_size, self.max_size, rng)
+
+    def objects(self, i):
+        """Boxes (T, 4) float32 xyxy in pixels and labels (T,) to train on: without crowd, clipped
+        to the image, without boxes that have no area then, as in the official code."""
+        h, w = self.sizes[i]
+        rows = slice(self.offsets[i], self.offsets[i + 1])
+        boxes = self.boxes[rows].astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.float32([w, h, w, h]))
+        keep = ~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return boxes[keep], self.labels[rows][keep]
+
+    def __getitem__(self, key):
+        """Image uint8 (3, H, W) and target; key is an index or (epoch, index)."""
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        plan = self.plan(epoch, i)
+        image, boxes, labels = apply_plan(self.read(i), *self.objects(i), plan)
+        h, w = plan.size
+        boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / torch.tensor([w, h, w, h])
+        target = {"labels": torch.from_numpy(labels), "boxes": boxes, "index": i,
+                  "orig_size": tuple(self.sizes[i].tolist())}
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), target
+
+    def columns(self):
+        """The ground truth as evaluate_columns takes it; image is the index in this data set."""
+        image = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        return {"image": image, "category": self.labels, "box": self.boxes, "area": self.area,
+                "crowd": self.crowd}
+
+    def keep(self, n, repeat=1):
+        """Keep only the first n images that have objects, each of them `repeat` times."""
+        has = [i for i in range(len(self)) if len(self.objects(i)[0])][:n]
+        if len(has) < n:
+            raise ValueError(f"--overfit {n}: only {len(has)} of the {len(self)} images have objects")
+        has *= repeat
+        rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in has]
+        counts = [len(r) for r in rows]
+        for name in ("image_ids", "sizes", "files"):
+            setattr(self, name, getattr(self, name)[has])
+        for name in ("boxes", "labels", "area", "crowd"):
+            setattr(self, name, getattr(self, name)[np.concatenate(rows)])
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        return self
+
+
+def read_json(path, what):
+    """The JSON in a file; errors name the file, `what` says what it should hold."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} not found: it should hold {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): it should hold {what}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}): it should hold {what}") from None
+
+
+def is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def is_id(v):
+    return isinstance(v, (int, str)) and not isinstance(v, bool)
+
+
+def check_coco(data, path="annotations", image_dir=None):
+    """All faults of a COCO instances dict: a list of sentences, empty for a sound file.
+
+    Each names the record by its id, the field and the value. With image_dir, files that are not
+    there are faults too. What training handles by itself is none: crowds, boxes that reach over the
+    border, boxes of zero width or height, images without annotations.
+    """
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            return [f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
+                    f'"annotations": [...], "categories": [...]}}']
+    faults, ids = [], {}
+    for key, name in (("images", "image"), ("categories", "category"), ("annotations", "annotation")):
+        seen = ids[key] = set()
+        for k, record in enumerate(data[key]):
+            if not isinstance(record, dict) or not is_id(record.get("id")):
+                if not (key == "annotations" and isinstance(record, dict) and "id" not in record):
+                    value = record.get("id") if isinstance(record, dict) else record
+                    faults.append(f"{path}: {key}[{k}]: id {value!r} is not an integer or string")
+                continue
+            if record["id"] in seen:
+                faults.append(f"{path}: {name} id {record['id']!r} occurs twice")
+            seen.add(record["id"])
+        if key != "annotations" and len({type(v) for v in seen}) > 1:
+            faults.append(f"{path}: {key} mix integer and string ids, use one of them")
+    if any(not isinstance(r, dict) for key in ids for r in data[key]):
+        return faults
+    faults += check_categories(data["categories"], path)
+    faults += check_images(data["images"], path, image_dir)
+    for k, record in enumerate(data["annotations"]):
+        for fault in annotation_faults(record, ids["images"], ids["categories"]):
+            faults.append(f"{path}: annotation {record.get('id', f'number {k}')!r} "
+                          f"(image {record.get('image_id')!r}): {fault}")
+    return faults
+
+
+def check_categories(categories, path):
+    names, faults = set(), []
+    for record in categories:
+        name = record.get("name")
+        if not isinstance(name, str) or name in names:
+            faults.append(f"{path}: category {record.get('id')!r}: name {name!r} "
+                          f"{'occurs twice' if isinstance(name, str) else 'is not a string'}")
+        else:
+            names.add(name)
+    return faults if categories else [f"{path}: the list of categories is empty"]
+
+
+def check_images(images, path, image_dir):
+    faults = [] if images else [f"{path}: the list of images is empty"]
+    there = set(os.listdir(image_dir)) if image_dir else set()
+    for record in images:
+        who, name = f"{path}: image {record.get('id')!r}", record.get("file_name")
+        for side in ("width", "height"):
+            if not isinstance(record.get(side), int) or record[side] <= 0:
+                faults.append(f"{who}: {side} {record.get(side)!r} is not a positive integer")
+        if not isinstance(name, str) or not name:
+            faults.append(f"{who}: file_name {name!r} is not a string")
+        elif os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+            faults.append(f"{who}: file_name {name!r} leads out of the image folder")
+        elif image_dir and name not in there and not os.path.isfile(os.path.join(image_dir, name)):
+            faults.append(f"{who}: file {os.path.join(image_dir, name)} not found")
+    return faults
+
+
+def annotation_faults(record, image_ids, category_ids):
+    """What is wrong with one annotation: a list of phrases."""
+    faults = []
+    for field, known in (("image_id", image_ids), ("category_id", category_ids)):
+        value = record.get(field)
+        if not is_id(value) or value not in known:
+            listed = {"image_id": "images", "category_id": "categories"}[field]
+            faults.append(f"{field} {value!r} is not among the file's {listed}")
+    box = record.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        faults.append(f"bbox {box!r} is not a list of 4 finite numbers [x, y, width, height]")
+    elif box[2] < 0 or box[3] < 0:
+        faults.append(f"bbox {box!r} has a negative width or height; it should be [x, y, w, h]")
+    if record.get("iscrowd", 0) not in (0, 1, None):
+        faults.append(f"iscrowd {record['iscrowd']!r} is not 0 or 1")
+    if record.get("area") is not None and not is_number(record["area"]):
+        faults.append(f"area {record['area']!r} is not a finite number")
+    return faults
+
+
+class CocoDataset(DetectionDataset):
+    """A COCO instances file and its image folder.
+
+    json_path, image_dir: the two paths; classes: names in the order wanted for the labels (those of
+    the training set or of a checkpoint), None: the file's own, by ascending category id. Raises
+    FileNotFoundError, and ValueError that lists the faults found in the file (the first 20 and the
+    count), or the classes that differ.
+    """
+
+    def __init__(self, json_path, image_dir, image_size=800, max_size=1333, augment=False, seed=42,
+                 classes=None):
+        super().__init__(image_size, max_size, augment, seed)
+        data = read_json(json_path, "a COCO instances file")
+        if not os.path.isdir(image_dir):
+            raise FileNotFoundError(f"image folder {image_dir} not found: it should hold the images "
+                                    f"that {json_path} lists")
+        faults = check_coco(data, json_path, image_dir)
+        if faults:
+            more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
+            raise ValueError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
+                             + "\n".join(faults[:20]) + more)
+        self.json_path, self.image_dir = str(json_path), str(image_dir)
+        index = self._read_categories(data["categories"], classes)
+        images = sorted(data["images"], key=lambda r: r["id"])
+        self.image_ids = np.array([r["id"] for r in images])
+        self.sizes = np.array([(r["height"], r["width"]) for r in images])
+        self.files = np.array([r["file_name"].encode() for r in images])
+        self._read_annotations(data["annotations"], index)
+
+    def _read_categories(self, categories, classes):
+        """Sets classes and category_ids; returns {category id: class index}."""
+        ids = {r["name"]: r["id"] for r in sorted(categories, key=lambda r: r["id"])}
+        self.classes = list(ids) if classes is None else list(classes)
+        self.missing = [name for name in self.classes if name and name not in ids]
+        unknown = [name for name in ids if name not in self.classes]
+        if unknown:
+            raise ValueError(f"{self.json_path} has categories that the model was not trained on: "
+                             f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
+        self.category_ids = [ids.get(name, k) for k, name in enumerate(self.classes)]
+        return {ids[name]: self.classes.index(name) for name in ids}
+
+    def _read_annotations(self, annotations, index):
+        row = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+        image = np.array([row[a["image_id"]] for a in annotations], np.int64)
+        order = np.argsort(image, kind="stable")                     # file order within an image
+        self.offsets = np.searchsorted(image[order], np.arange(len(row) + 1))
+        boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+        area = [a["bbox"][2] * a["bbox"][3] if a.get("area") is None else a["area"]
+                for a in annotations]
+        self.boxes, self.area = boxes[order], np.array(area, np.float64)[order]
+        self.labels = np.array([index[a["category_id"]] for a in annotations], np.int64)[order]
+        self.crowd = np.array([bool(a.get("iscrowd")) for a in annotations], bool)[order]
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        path = os.path.join(self.image_dir, self.files[i].decode())
+        return read_image(path, self.sizes[i].tolist(), f" (image id {self.image_ids[i]})")
+
+
+class ShapesDataset(DetectionDataset):
+    """Generated images of rectangles, ellipses and triangles: nothing to download.
+
+    split: "train" or "val", which differ in every image; n: how many images; side: of the square
+    images, in pixels. One to four objects of 1/7 to 3/5 of the side, in any colour that stands out,
+    partly over one another, on plain, shaded, striped or noisy ground. Image i is a pure function
+    of (split, i, side); it is drawn when it is asked for.
+    """
+
+    def __init__(self, split="train", n=8000, side=64, augment=False, seed=42):
+        super().__init__(side, None, augment, seed)
+        self.split, self.side = split, side
+        self.classes, self.category_ids = ["rectangle", "ellipse", "triangle"], [1, 2, 3]
+        self.image_ids, self.files = np.arange(1, n + 1), np.arange(n)
+        self.sizes = np.full((n, 2), side)
+        scenes = [self._scene(i)[1] for i in range(n)]
+        self.offsets = np.cumsum([0] + [len(s) for s in scenes])
+        objects = [o for scene in scenes for o in scene]
+        self.boxes = np.array([o[1] for o in objects], np.float64)
+        self.labels = np.array([o[0] for o in objects], np.int64)
+        self.area = self.boxes[:, 2] * self.boxes[:, 3]
+        self.crowd = np.zeros(len(objects), bool)
+
+    def _scene(self, i):
+        """Random state, objects (label, xywh, colour) from back to front, and the two ground colours."""
+        rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
+        ground = [tuple(rng.randrange(256) for _ in range(3))]
+        ground.append(tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in ground[0]))
+        objects = []
+        for _ in range(rng.randint(1, 4)):
+            color = ground[0]
+            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 120:
+                color = tuple(rng.randrange(256) for _ in range(3))
+            for _ in range(20):                                      # tries to find a free place
+                w, h = (round(rng.uniform(side / 7, side * 3 / 5)) for _ in range(2))
+                x, y = rng.randint(0, side - w), rng.randint(0, side - h)
+                if all(self._covered((x, y, w, h), o[1]) < 0.3 for o in objects):
+                    objects.append((rng.randrange(3), (x, y, w, h), color))
+                    break
+        return rng, objects, ground
+
+    @staticmethod
+    def _covered(a, b):
+        """Share of the smaller of two xywh boxes that lies in the other."""
+        w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+        h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+        return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        rng, objects, ground = self._scene(self.files[i])
+        image = self._background(rng, ground)
+        draw = ImageDraw.Draw(image)
+        for label, (x, y, w, h), color in objects:
+            right, bottom = x + w - 1, y + h - 1                     # the last pixel inside
+            if label == 0:
+                draw.rectangle([x, y, right, bottom], color)
+            elif label == 1:
+                draw.ellipse([x, y, right, bottom], color)
+            else:
+                tip = rng.randint(x, right)
+                base, top = (bottom, y) if rng.random() < 0.5 else (y, bottom)
+                draw.polygon([(x, base), (right, base), (tip, top)], color)
+        return image
+
+    def _background(self, rng, ground):
+        kind, side = rng.choice(("plain", "shaded", "striped", "noisy")), self.side
+        a, b = np.float32(ground)
+        ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]          # (side, 1, 1)
+        if kind == "plain":
+            ramp = np.zeros_like(ramp)
+        if kind == "striped":
+            ramp = (np.arange(side) // rng.randint(2, 8) % 2)[:, None, None]
+        pixels = np.broadcast_to(a + (b - a) * ramp, (side, side, 3))
+        if kind == "noisy":
+            pixels = pixels + np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
+        pixels = pixels.clip(0, 255).astype(np.uint8)
+        if rng.random() < 0.5:
+            pixels = pixels.transpose(1, 0, 2)
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+# -- batches -------------------------------------------------------------------------------------
+
+def collate(samples):
+    """Images padded right and below with zeros to one size, and where they are.
+
+    samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW), valid bool
+    (B, IH, IW), True = image, and the list of targets.
+    """
+    ih, iw = (max(image.shape[d] for image, _ in samples) for d in (1, 2))
+    images = torch.zeros(len(samples), 3, ih, iw, dtype=torch.uint8)
+    valid = torch.zeros(len(samples), ih, iw, dtype=torch.bool)
+    for k, (image, _) in enumerate(samples):
+        _, h, w = image.shape
+        images[k, :, :h, :w] = image
+        valid[k, :h, :w] = True
+    return images, valid, [target for _, target in samples]
+
+
+def sort_by_shape(shapes):
+    """Order of `shapes` (N, 2) in which neighbours have like heights and widths.
+
+    By aspect ratio into about sqrt(N) groups, by area within them, every other one downwards.
+    """
+    h, w = np.asarray(shapes, np.float64).T
+    order = np.argsort(h / w, kind="stable")
+    groups = np.array_split(order, max(1, round(len(order) ** 0.5 / 2)))
+    groups = [g[np.argsort((h * w)[g] * (-1) ** k, kind="stable")] for k, g in enumerate(groups)]
+    return np.concatenate(groups)
+
+
+class TrainSampler:
+    """Batches of keys (epoch, index) for one rank: a pure function of (seed, epoch, rank).
+
+    Every step takes batch_size images over all ranks and accumulated parts; the images of a step
+    are the same for any number of ranks. With group_by_shape they are alike in shape: windows of 32
+    steps are sorted and cut, and the steps of a window shuffled. What is left at an epoch's end and
+    fills no step is dropped, other images each epoch. set_epoch says where to (re)start.
+    """
+
+    def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1, group_by_shape=True):
+        if batch_size % (world * accumulate):
+            raise ValueError(f"--batch_size {batch_size} (images per step over all processes) is not "
+                             f"a multiple of {world} processes x --accumulate {accumulate}")
+        if len(dataset) < batch_size:
+            raise ValueError(f"the training set has {len(dataset)} images, fewer than --batch_size "
+                             f"{batch_size}: lower it to at most that")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.parts, self.accumulate = rank, world * accumulate, accumulate
+        self.group_by_shape, self.steps = group_by_shape, len(dataset) // batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, first_step=0):
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self):
+        return (self.steps - self.first_step) * self.accumulate
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.dataset))[:self.steps * self.batch_size]
+        if self.group_by_shape:
+            order = self._grouped(order, rng)
+        for batch in order.reshape(self.steps, self.parts, -1)[self.first_step:]:
+            for part in batch[self.rank * self.accumulate:(self.rank + 1) * self.accumulate]:
+                yield [(self.epoch, i) for i in part.tolist()]
+
+    def _grouped(self, order, rng):
+        shapes = np.array([self.dataset.plan(self.epoch, i).size for i in order.tolist()])
+        window = 32 * self.batch_size
+        for start in range(0, len(order), window):
+            part = slice(start, start + window)
+            batches = order[part][sort_by_shape(shapes[part])].reshape(-1, self.batch_size)
+            order[part] = batches[rng.permutation(len(batches))].reshape(-1)
+        return order
+
+
+class EvalSampler:
+    """Batches of indices, images of like shape together, each image on exactly one rank.
+
+    The batches do not depend on the number of ranks, hence neither do the detections.
+    """
+
+    def __init__(self, dataset, batch_size, rank=0, world=1):
+        shapes = [dataset.plan(0, i).size for i in range(len(dataset))]
+        order = sort_by_shape(shapes).tolist()
+        batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        self.batches = batches[rank::world]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)

@@ -1,0 +1,62 @@
+"""Which query answers for which object: matching costs and the Hungarian assignment.
+
+    pairs = match(logits, boxes, targets)        # one layer: B pairs (query, target)
+
+Paper: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from data import cxcywh_to_xyxy, generalized_box_iou
+
+
+def pad_targets(targets, device):
+    """Labels (B, T) and boxes (B, T, 4) of all images, T the largest number of objects; padded with
+    class 0 and a box over the whole image. One transfer to the device for each."""
+    T = max(len(t["labels"]) for t in targets)
+    labels = torch.zeros(len(targets), T, dtype=torch.int64)
+    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(targets), T, 1)
+    for i, t in enumerate(targets):
+        labels[i, :len(t["labels"])] = t["labels"]
+        boxes[i, :len(t["labels"])] = t["boxes"]
+    return labels.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def matching_cost(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
+    """Cost of giving each object of an image to each of its queries: (L, B, Q, T), float32.
+
+    logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh; T as in pad_targets, whose padding costs
+    something meaningless. Eq. 1: minus the probability of the class, L1 distance and minus GIoU.
+    """
+    labels, target_boxes = pad_targets(targets, logits.device)
+    L, B, Q, _ = boxes.shape
+    index = labels[None, :, None].expand(L, B, Q, -1)                      # (L, B, Q, T)
+    cost = -cost_class * logits.float().softmax(-1).gather(3, index)
+    # not cdist: it is slow, above all on GPUs, and its result is the same
+    boxes = boxes.float()
+    cost = cost + cost_bbox * (boxes[:, :, :, None] - target_boxes[:, None]).abs().sum(-1)
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    return cost - cost_giou * giou
+
+
+def match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
+    """Cheapest one-to-one assignment of queries to targets, for every image.
+
+    logits (B, Q, K+1); boxes (B, Q, 4) cxcywh in [0, 1]; targets: list of B dicts with "labels"
+    (T,) int64 and "boxes" (T, 4). Returns B pairs of int64 tensors (query, target) on the CPU, each
+    of length min(Q, T), queries ascending; T may be 0. Given all decoder layers, (L, B, Q, ...),
+    returns a list of L such lists: their costs leave the device in one transfer. Raises ValueError
+    if a cost is not finite. Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
+    """
+    if logits.dim() == 3:
+        return match(logits[None], boxes[None], targets, cost_class, cost_bbox, cost_giou)[0]
+    costs = matching_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou).cpu()
+    if not costs.isfinite().all():
+        layer, image = (~costs.isfinite()).nonzero()[0, :2].tolist()
+        raise ValueError(f"the matching cost is not finite, first in decoder layer {layer}, image "
+                         f"{image} of the batch: the predictions or the targets hold NaN or infinity")
+    counts = [len(t["labels"]) for t in targets]
+    return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[:, :T].numpy())))
+             for cost, T in zip(layer, counts)] for layer in costs]

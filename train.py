@@ -1,0 +1,594 @@
+"""Training of DETR, on one process or many.
+
+    python train.py                                           # built-in shapes, minutes on a CPU
+    torchrun --nproc_per_node=4 train.py --mixer pool         # GPUs (nccl) or CPU (gloo)
+    python train.py --data coco --model detr_r50              # annotations/, train2017/, val2017/
+    python train.py --train_json A --train_images DIR --val_json B --val_images DIR
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py
+
+The same command goes on from the checkpoint in --output_dir. Paper: DETR, arXiv:2005.12872.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, collate, contact_sheet,
+                  cxcywh_to_xyxy)
+from evaluate import evaluate, to_device
+from losses import LossConfig, loss_counts, set_loss
+from model import MODELS, RESNETS, ModelConfig, build_model, load_backbone, load_weights, read_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained on, and how. Defaults are the official DETR's on COCO; PRESETS change them."""
+    model: Annotated[str, "a key of MODELS; the options of the network change single parts of it"] = "detr_r50"
+    data: Annotated[str, "folder in COCO's layout: annotations/, train2017/, val2017/"] = ""
+    train_json: Annotated[str, "training annotations, a COCO instances file of any layout and ids"] = ""
+    train_images: Annotated[str, "folder of the training images"] = ""
+    val_json: Annotated[str, "validation annotations"] = ""
+    val_images: Annotated[str, "folder of the validation images"] = ""
+    train_shapes: Annotated[int, "built-in shapes: images per epoch"] = 4000
+    val_shapes: Annotated[int, "built-in shapes: held-out images"] = 256
+    overfit: Annotated[int, "train and evaluate on the first N images: the first thing to try"] = 0
+    image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it"] = 800
+    max_size: Annotated[int, "longest side"] = 1333
+    augment: Annotated[bool, "random flip, sizes and crops"] = True
+    group_by_shape: Annotated[bool, "batches of images of like shape"] = True
+    epochs: Annotated[int, "passes over the training images"] = 300
+    batch_size: Annotated[int, "images per optimizer step, over all processes"] = 16
+    accumulate: Annotated[int, "parts in which each process does its share of a step"] = 1
+    lr: Annotated[float, "learning rate"] = 1e-4
+    lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it"] = 1e-5
+    weight_decay: Annotated[float, "of AdamW"] = 1e-4
+    clip_max_norm: Annotated[float, "largest norm of the gradient; 0 for no clipping"] = 0.1
+    schedule: Annotated[str, "step (a tenth after every lr_drop epochs) or cosine (down to 0)"] = "step"
+    lr_drop: Annotated[int, "epochs between the drops of the step schedule"] = 200
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
+    finetune: Annotated[str, "start from the weights of this DETR; another class head is allowed"] = ""
+    resume: Annotated[str, "go on from this checkpoint of train.py, with the options given now"] = ""
+    output_dir: Annotated[str, "where checkpoints, logs and pictures go"] = "out"
+    eval_every: Annotated[int, "epochs between evaluations"] = 1
+    eval_batch_size: Annotated[int, "images of like shape per batch in evaluation, each process"] = 4
+    log_every: Annotated[int, "steps between printed lines"] = 50
+    num_workers: Annotated[int, "loader processes of each process; -1: by the number of cores"] = -1
+    device: Annotated[str, "auto, cpu or cuda"] = "auto"
+    dtype: Annotated[str, "autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it"] = "auto"
+    compile: Annotated[bool, "torch.compile the network"] = False
+    seed: Annotated[int, "of initialisation, order of images, augmentation and dropout"] = 42
+
+    def __post_init__(self):
+        for field, known in (("model", MODELS), ("schedule", ("step", "cosine")),
+                             ("device", ("auto", "cpu", "cuda")),
+                             ("dtype", ("auto", "float32", "bfloat16"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"--{field} {getattr(self, field)} is unknown, use one of: "
+                                 f"{', '.join(known)}")
+        for field in ("train_shapes", "val_shapes", "epochs", "batch_size", "accumulate", "eval_every",
+                      "eval_batch_size", "log_every", "lr_drop", "image_size", "max_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
+        for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit", "warmup_steps"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or a positive number")
+        paths = self.train_json, self.train_images, self.val_json, self.val_images
+        if any(paths) and not all(paths) or self.data and any(paths):
+            raise ValueError("give --data DIR alone, or all four of --train_json, --train_images, "
+                             "--val_json and --val_images")
+        if self.finetune and self.resume:
+            raise ValueError("--finetune starts a new run, --resume goes on with one: give one of them")
+        if self.max_size < self.image_size:
+            raise ValueError(f"--max_size {self.max_size} is less than --image_size {self.image_size}")
+
+    @property
+    def kind(self):
+        return "coco" if self.data or self.train_json else "shapes"
+
+
+# Defaults by kind of data; "overfit" comes on top with --overfit. An explicit flag wins.
+PRESETS = {
+    "coco": {},
+    "shapes": dict(
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=18, batch_size=16,
+        lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
+        backbone_weights="none", eval_batch_size=64),
+    "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
+}
+OVERFIT_REPEATS = 100                              # passes over the N images in an epoch of --overfit
+
+
+# -- options -------------------------------------------------------------------------------------
+
+def read_options(argv, *configs):
+    """The flags that were given, as a dict. One flag per field of the config classes: its type, help
+    and default; booleans as --flag and --no-flag. Abbreviations are off, so that a typo is an error."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for config in configs:
+        group, hints = parser.add_argument_group(config.__name__), get_type_hints(config, include_extras=True)
+        for field in fields(config):
+            type_, help_ = get_args(hints[field.name])
+            presets = [f"{kind}: {p[field.name]}" for kind, p in PRESETS.items() if field.name in p]
+            help_ = f"{help_} ({'; '.join([f'default {field.default!r}'] + presets)})".replace("%", "%%")
+            how = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(type=type_)
+            if field.name != "num_classes":        # the data set says it
+                group.add_argument(f"--{field.name}", help=help_, default=argparse.SUPPRESS, **how)
+    return parser, vars(parser.parse_args(argv))
+
+
+def make_configs(given):
+    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the preset of
+    the kind of data, else the model's own values and the defaults. Raises ValueError."""
+    given = dict(given)
+    if not any(given.get(k) for k in ("data", "train_json", "train_images", "val_json", "val_images")):
+        if os.path.isdir("data/coco"):
+            given["data"] = "data/coco"
+    kind = "coco" if any(given.get(k) for k in ("data", "train_json", "val_json")) else "shapes"
+    options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
+    if kind == "shapes":
+        options.setdefault("model", "detr_tiny")
+        options["max_size"] = options["image_size"]                  # the images are square
+
+    def pick(config):
+        return {f.name: options[f.name] for f in fields(config) if f.name in options}
+    cfg = TrainConfig(**pick(TrainConfig))
+    model_cfg = MODELS[cfg.model]
+    if cfg.backbone_weights == "none" and not cfg.finetune and model_cfg.backbone_norm == "frozen":
+        model_cfg = replace(model_cfg, backbone_norm="batch")        # there is nothing to freeze yet
+    model_cfg = replace(model_cfg, **pick(ModelConfig))
+    stride = 4 * 2 ** (len(RESNETS[model_cfg.backbone][1]) - 1) // (2 if model_cfg.dilation else 1)
+    side = math.ceil((cfg.max_size + 1) / stride)                    # the resize rule may pass it by 1
+    if (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "random") and side > min(
+            model_cfg.grid_rows, model_cfg.grid_cols):
+        raise ValueError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
+                         f"{stride}: give --grid_rows {side} --grid_cols {side} or a smaller --max_size")
+    return model_cfg, LossConfig(**pick(LossConfig)), cfg
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+def start_processes(device):
+    """(rank, world, device) of this process, from torchrun's environment; without it (0, 1, device).
+
+    Small things travel between the processes as CPU tensors over gloo, gradients on GPUs over nccl.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU, {torch.cuda.device_count()} "
+                             f"are visible: start fewer processes, or use --device cpu")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")
+    return rank, world, device
+
+
+def sum_over_processes(tensor):
+    """The sum of a CPU tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_buffers(model):
+    """Running statistics of ordinary batch norm differ by process: their mean goes into the rest."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+
+# -- data, model, optimizer ----------------------------------------------------------------------
+
+def data_paths(cfg, split):
+    """Annotation file and image folder of the split, "train" or "val"."""
+    if not cfg.data:
+        return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
+    if not os.path.isdir(os.path.join(cfg.data, "annotations")):
+        raise FileNotFoundError(
+            f"--data {cfg.data} should hold annotations/instances_train2017.json and "
+            f"instances_val2017.json, train2017/ and val2017/; for another layout give --train_json, "
+            f"--train_images, --val_json and --val_images; no COCO at hand? leave --data out for the "
+            f"built-in shapes")
+    return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
+            os.path.join(cfg.data, f"{split}2017"))
+
+
+def build_datasets(cfg):
+    """Training and validation set; with --overfit both of the same N training images."""
+    def build(split, augment=False, classes=None):
+        if cfg.kind == "shapes":
+            n = cfg.train_shapes if split == "train" else cfg.val_shapes
+            return ShapesDataset(split, n, cfg.image_size, augment, cfg.seed)
+        return CocoDataset(*data_paths(cfg, split), cfg.image_size, cfg.max_size, augment, cfg.seed,
+                           classes)
+    train = build("train", cfg.augment)
+    if cfg.overfit:
+        return train.keep(cfg.overfit, OVERFIT_REPEATS), build("train").keep(cfg.overfit)
+    val = build("val", classes=train.classes)
+    if cfg.kind == "coco" and val.missing:
+        raise ValueError(f"{val.json_path} lacks categories that {train.json_path} has: "
+                         f"{val.missing[:20]}; both must list the same ones, with objects or without")
+    return train, val
+
+
+def build_loaders(cfg, train, val, rank, world, device):
+    """Loaders of this process for training and validation."""
+    workers = cfg.num_workers
+    if workers < 0:                                # the cores of a process, less one for itself
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, max(0, (os.cpu_count() or 1) // local - 1))
+    options = dict(collate_fn=collate, num_workers=workers, pin_memory="cuda" in device,
+                   persistent_workers=workers > 0, worker_init_fn=ignore_interrupts)
+    sampler = TrainSampler(train, cfg.batch_size, cfg.seed, rank, world, cfg.accumulate,
+                           cfg.group_by_shape)
+    return (DataLoader(train, batch_sampler=sampler, **options),
+            DataLoader(val, batch_sampler=EvalSampler(val, cfg.eval_batch_size, rank, world), **options))
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches loader workers too; the training process alone decides what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def build_optimizer(model, cfg):
+    """AdamW with the backbone's own learning rate; each group keeps it under "base_lr"."""
+    groups = {cfg.lr: [], cfg.lr_backbone: []} if cfg.lr != cfg.lr_backbone else {cfg.lr: []}
+    for name, p in model.named_parameters():
+        if "backbone" in name and not cfg.lr_backbone:
+            p.requires_grad_(False)
+        if p.requires_grad:
+            groups[cfg.lr_backbone if "backbone" in name else cfg.lr].append(p)
+    groups = [dict(params=ps, lr=lr, base_lr=lr) for lr, ps in groups.items() if ps]
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
+
+
+def lr_factor(cfg, step, steps_per_epoch):
+    """Learning rate at an optimizer step (from 0), as a factor: a pure function of the step."""
+    warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    if cfg.schedule == "step":
+        return warmup * 0.1 ** (step // steps_per_epoch // cfg.lr_drop)
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / (cfg.epochs * steps_per_epoch)))
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+# options that may change from one start to the next without changing what is computed
+FREE = {"resume", "output_dir", "num_workers", "log_every", "device"}
+
+
+def save_checkpoint(path, state):
+    """Written whole or not at all; the file before it stays as *_prev.pt."""
+    torch.save(state, path + ".tmp")
+    if os.path.exists(path):
+        os.replace(path, path.replace(".pt", "_prev.pt"))
+    os.replace(path + ".tmp", path)
+
+
+def find_resume(cfg, configs):
+    """The state to go on from, or None: that of --resume, or of --output_dir if its options are the
+    same ones; ValueError that lists those which differ."""
+    path = cfg.resume or os.path.join(cfg.output_dir, "ckpt.pt")
+    if not cfg.resume and not os.path.exists(path):
+        return None
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
+        raise ValueError(f"--resume {path} is no checkpoint of train.py; to start from other weights "
+                         f"use --finetune")
+    old, changed = {}, []
+    for name, config in configs.items():
+        old.update(state[name])
+        changed += [f"--{k} {state[name].get(k)!r} -> {v!r}" for k, v in config.items()
+                    if k not in FREE and state[name].get(k) != v]
+    if changed and not cfg.resume:
+        raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give another "
+                         f"--output_dir for a new run, or --resume {path} to go on with the new options")
+    model_changed = [c for c in changed if c[2:].split()[0] in state["model_config"]]
+    if model_changed:
+        raise ValueError(f"--resume {path} is of another model ({', '.join(model_changed)}); --finetune "
+                         f"takes over what fits")
+    return {**state, "changed": changed}
+
+
+# -- logs and pictures ---------------------------------------------------------------------------
+
+def draw_batch(images, valid, targets, classes):
+    """The images of a batch with their boxes, as the network gets them."""
+    items = []
+    for image, v, target in zip(images, valid, targets):
+        h, w = int(v[:, 0].sum()), int(v[0].sum())
+        boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h])
+        picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
+        items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
+    return contact_sheet(items)
+
+
+def draw_predictions(rows, dataset, threshold=0.5):
+    """The first images of a data set with the detections (D, 7) that score over the threshold."""
+    items = []
+    for i in range(min(16, len(dataset))):
+        r = rows[(rows[:, 0] == i) & (rows[:, 2] > threshold)].numpy()
+        boxes = np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1)
+        items.append((dataset.read(i), boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
+    return contact_sheet(items)
+
+
+def append_json(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def memory_gb(device):
+    """Peak memory in GB: of the GPU, or of this process."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def interval_line(r, steps):
+    return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f} (ce {r['loss_ce']:.3f} "
+            f"bbox {r['loss_bbox']:.3f} giou {r['loss_giou']:.3f})  wrong class {r['class_error']:3.0f}%  "
+            f"lr {r['lr']:.1e}  {r['images_per_s']:.1f} images/s  data {r['data_share']:.0%}  "
+            f"{r['memory_gb']:.1f} GB  eta {clock(r['eta_s'])}")
+
+
+def epoch_record(sums, steps, loss_cfg):
+    """The epoch's means by the official log's names: the losses weighted, and again "_unscaled"."""
+    record = {}
+    for name, value in sums.items():
+        coef = getattr(loss_cfg, "_".join(name.split("_")[1::-1]) + "_coef", None)  # loss_ce_0: ce_loss_coef
+        record[f"train_{name}"] = value / steps * (1 if coef is None else coef)
+        if name != "loss":
+            record[f"train_{name}_unscaled"] = value / steps
+    return record
+
+
+# -- training ------------------------------------------------------------------------------------
+
+def train_step(model, optimizer, parts, counts, loss_cfg, cfg, device, dtype):
+    """One optimizer step on this process's parts; returns the losses summed over them, detached.
+
+    counts: loss_counts of the whole step per process. As every part is divided by them, gradients
+    add up to those of the whole batch, however it is split over parts and processes.
+    """
+    totals = {}
+    for k, (images, valid, targets) in enumerate(parts):
+        last = k == len(parts) - 1
+        with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                logits, boxes = model(*to_device(images, valid, device))
+            losses = set_loss(logits, boxes, targets, loss_cfg, counts)
+            losses["loss"].backward()
+        for name, value in losses.items():
+            share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
+            totals[name] = totals.get(name, 0) + share * value.detach()
+    if cfg.clip_max_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return totals
+
+
+def prepare_model(model_cfg, cfg, state, device, world, say):
+    """The bare model with its first weights, what DDP or compile made of it, and its optimizer."""
+    model = build_model(model_cfg)
+    if state:
+        model.load_state_dict(state["model"])
+    elif cfg.finetune:
+        report = load_weights(model, cfg.finetune, strict=False)
+        say(f"weights of {cfg.finetune}", *(report or ["all taken"]), sep="\n  ")
+    elif cfg.backbone_weights != "none":
+        report = load_backbone(model, cfg.backbone_weights)
+        say(f"backbone weights {cfg.backbone_weights}", *(report or ["all taken"]), sep="\n  ")
+    if "cuda" in device and world > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)     # ordinary batch norm alone
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, cfg)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    wrapped = torch.compile(model) if cfg.compile else model
+    if dist.is_initialized():
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if "cuda" in device else None,
+                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+    return model, wrapped, optimizer
+
+
+def banner(cfg, model, train, val, steps, world, device, dtype, loader):
+    """What was decided, before the first step."""
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    most = int(np.diff(train.offsets).max())
+    c = model.cfg
+    origin = (f"COCO files, {data_paths(cfg, 'train')[0]}" if cfg.kind == "coco" else
+              f"built-in shapes, {cfg.image_size} pixels (no --data, and no folder data/coco)")
+    overfit = f", --overfit: {len(val)} images, each {OVERFIT_REPEATS} times" if cfg.overfit else ""
+    lines = [
+        f"data     {origin}{overfit}",
+        f"         {len(train)} training and {len(val)} validation images, {len(train.classes)} classes, "
+        f"at most {most} objects in an image",
+        f"model    {cfg.model}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}, "
+        f"{n:,d} trained parameters, {c.backbone} ({c.backbone_norm} norm)",
+        f"run      {world} process(es), {device}, {str(dtype)[6:]}, {loader.num_workers} loader worker(s) each; "
+        f"{steps} steps per epoch of {cfg.batch_size} images, {cfg.epochs} epochs = {steps * cfg.epochs} steps",
+        f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, predictions.jpg"]
+    if most > c.num_queries:
+        lines.append(f"note     {most} objects in an image, but {c.num_queries} queries: the rest cannot be "
+                     f"found, raise --num_queries")
+    if cfg.kind == "coco" and not cfg.finetune and not cfg.overfit and steps * cfg.epochs < 100_000:
+        lines.append(f"note     {steps * cfg.epochs} steps; a DETR from scratch needs some 300,000: "
+                     f"--finetune official weights")
+    return "\n".join(lines)
+
+
+def catch_signals():
+    """A dict whose "stop" becomes 1.0 on Ctrl-C or SIGTERM; a second Ctrl-C ends at once."""
+    flag = {"stop": 0.0}
+
+    def handler(number, frame):
+        if flag["stop"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag["stop"] = 1.0
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return flag
+
+
+def choose_dtype(cfg, device):
+    """The autocast's: bfloat16 where asked for, or on GPUs that have it natively."""
+    native = "cuda" in device and torch.cuda.get_device_capability() >= (8, 0)
+    use = native if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
+    return torch.bfloat16 if use else torch.float32
+
+
+def train(model_cfg, loss_cfg, cfg, rank, world, device):
+    """The whole run, gone on with where there is a checkpoint; returns the exit code."""
+    def say(*args, **kwargs):
+        if rank == 0:
+            print(*args, **kwargs, flush=True)
+
+    train_set, val_set = build_datasets(cfg)
+    model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
+    configs = dict(model_config=asdict(model_cfg), loss_config=asdict(loss_cfg), train_config=asdict(cfg))
+    state = find_resume(cfg, configs)
+    torch.manual_seed(cfg.seed)
+    bare, model, optimizer = prepare_model(model_cfg, cfg, state, device, world, say)
+    train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
+    sampler, dtype = train_loader.batch_sampler, choose_dtype(cfg, device)
+    steps = sampler.steps
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    out = os.path.join(cfg.output_dir, "")
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+    say(banner(cfg, bare, train_set, val_set, steps, world, device, dtype, train_loader))
+
+    # where the run is: `step` steps of `epoch` are done, their losses add up to `sums`
+    epoch, step, sums, best_ap = 0, 0, {}, -1.0
+    if state:
+        epoch, step, sums, best_ap = (state[k] for k in ("epoch", "step", "sums", "best_ap"))
+        say(f"resumed  at epoch {epoch}, step {step}", *state["changed"])
+    if epoch >= cfg.epochs:
+        say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
+
+    def save():
+        if rank == 0:
+            save_checkpoint(out + "ckpt.pt", dict(
+                format=1, **configs, classes=train_set.classes, category_ids=train_set.category_ids,
+                epoch=epoch, step=step, sums=sums, best_ap=best_ap, model=bare.state_dict(),
+                optimizer=optimizer.state_dict()))
+
+    interrupt, begin, done = catch_signals(), time.time(), 0
+    while epoch < cfg.epochs:
+        sampler.set_epoch(epoch, step)
+        batches, losses, count, waited, since = iter(train_loader), {}, 0, 0.0, time.time()
+        model.train()
+        while step < steps:
+            wait = time.time()
+            parts = [next(batches) for _ in range(cfg.accumulate)]
+            waited += time.time() - wait
+            at = epoch * steps + step
+            if rank == 0 and at == 0:
+                draw_batch(*parts[0], train_set.classes).save(out + "first_batch.jpg")
+            counts = sum(loss_counts(targets, model_cfg.num_queries) for *_, targets in parts)
+            counts = sum_over_processes(torch.cat([counts, torch.tensor([interrupt["stop"]])]))
+            stopping = counts[3] > 0                                     # the same on all processes
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * lr_factor(cfg, at, steps)
+            torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)                # dropout
+            try:
+                new = train_step(model, optimizer, parts, counts[:3] / world, loss_cfg, cfg, device, dtype)
+            except ValueError as error:
+                ids = ", ".join(str(train_set.image_ids[t["index"]]) for *_, ts in parts for t in ts)
+                raise ValueError(f"epoch {epoch}, step {step}, image ids {ids}: {error}; a lower --lr "
+                                 f"may help; {out}ckpt.pt is as it was") from None
+            losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
+            step, done, count = step + 1, done + 1, count + 1
+            if count == cfg.log_every or step == steps or stopping:
+                # the only place, besides the matching, where the host waits for the device
+                total = sum_over_processes(torch.stack(list(losses.values())).cpu()) / world
+                losses = dict(zip(losses, total.tolist()))
+                sums = {k: sums.get(k, 0.0) + v for k, v in losses.items()}
+                seconds = time.time() - since
+                record = dict(
+                    epoch=epoch, step=step, lr=optimizer.param_groups[0]["lr"],
+                    **{k: v / count for k, v in losses.items()},
+                    images_per_s=count * cfg.batch_size / seconds, data_share=waited / seconds,
+                    memory_gb=memory_gb(device), elapsed_s=time.time() - begin,
+                    eta_s=(time.time() - begin) / done * (steps * cfg.epochs - at - 1))
+                say(interval_line(record, steps))
+                if rank == 0:
+                    append_json(out + "steps.txt", record)
+                losses, count, waited, since = {}, 0, 0.0, time.time()
+            if stopping:
+                break
+        average_buffers(bare)
+        save()                                       # before the evaluation, which may fail
+        if interrupt["stop"] or step < steps:
+            say(f"stopped; the same command goes on from {out}ckpt.pt")
+            return 130
+
+        record = {"train_lr": optimizer.param_groups[0]["lr"], **epoch_record(sums, steps, loss_cfg)}
+        epoch, step, sums, is_best = epoch + 1, 0, {}, False
+        if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
+            result = evaluate(bare, val_loader, device, dtype)
+            stats = result["stats"].tolist()
+            is_best, best_ap = stats[0] > best_ap, max(best_ap, stats[0])
+            record["test_coco_eval_bbox"] = stats
+            say(f"epoch {epoch:3d}/{cfg.epochs}  AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}  "
+                f"AR100 {stats[8]:.3f}  on {len(val_set)} images, {clock(time.time() - begin)} since the start")
+        save()
+        if rank == 0:
+            append_json(out + "log.txt", {**record, "epoch": epoch - 1, "n_parameters": sum(
+                p.numel() for p in bare.parameters() if p.requires_grad)})
+            if is_best:
+                shutil.copyfile(out + "ckpt.pt", out + "best.pt.tmp")
+                os.replace(out + "best.pt.tmp", out + "best.pt")
+            if "test_coco_eval_bbox" in record:
+                draw_predictions(result["detections"], val_set).save(out + "predictions.jpg")
+    return 0
+
+
+def main(argv=None):
+    parser, given = read_options(argv, TrainConfig, ModelConfig, LossConfig)
+    try:
+        configs = make_configs(given)
+    except ValueError as error:
+        parser.error(str(error))
+    rank = os.environ.get("RANK", "0")
+    try:
+        code = train(*configs, *start_processes(configs[2].device))
+    except (ValueError, FileNotFoundError) as error:
+        code = f"error{f' on rank {rank}' if rank != '0' else ''}: {error}"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
