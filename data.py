@@ -169,7 +169,7 @@ def resized(h, w, size, max_size=None):
     """
     short, long = min(h, w), max(h, w)
     if max_size is not None and long / short * size > max_size:
-        size = int(round(max_size * short / long))
+        size = max(1, int(round(max_size * short / long)))
     if short == size:
         return h, w
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
@@ -319,7 +319,7 @@ def read_json(path, what):
 
 
 def is_number(v):
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e15
 
 
 def is_id(v):
@@ -380,7 +380,7 @@ def check_images(images, path, image_dir):
     for record in images:
         who, name = f"{path}: image {record.get('id')!r}", record.get("file_name")
         for side in ("width", "height"):
-            if not isinstance(record.get(side), int) or record[side] <= 0:
+            if type(record.get(side)) is not int or record[side] <= 0:
                 faults.append(f"{who}: {side} {record.get(side)!r} is not a positive integer")
         if not isinstance(name, str) or not name:
             faults.append(f"{who}: file_name {name!r} is not a string")
@@ -449,7 +449,7 @@ class CocoDataset(DetectionDataset):
         if unknown:
             raise ValueError(f"{self.json_path} has categories that the model was not trained on: "
                              f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
-        self.category_ids = [ids.get(name, k) for k, name in enumerate(self.classes)]
+        self.category_ids = [ids.get(name) for name in self.classes]         # None: not in this file
         return {ids[name]: self.classes.index(name) for name in ids}
 
     def _read_annotations(self, annotations, index):

@@ -96,8 +96,10 @@ def coco_results(rows, dataset):
     image_ids = dataset.image_ids.tolist()
     return [{"image_id": image_ids[int(i)], "category_id": dataset.category_ids[int(k)],
              "bbox": [round(v, 3) for v in box], "score": score}
-            for i, k, score, *box in rows.tolist() if dataset.classes[int(k)]]
-# ---- COCO box evaluation in numpy, equal in every bit to the reference evaluator ----
+            for i, k, score, *box in rows.tolist() if dataset.category_ids[int(k)] is not None]
+
+
+# -- COCO box evaluation -------------------------------------------------------------------------
 
 IOU_THRS = np.linspace(0.5, 0.95, 10)
 REC_THRS = np.linspace(0, 1, 101)
@@ -265,19 +267,6 @@ def summary(result):
     return "\n".join(lines)
 
 
-def read_json(source, what):
-    """Parsed JSON of a path; what is no path is returned as it came."""
-    if isinstance(source, (dict, list)):
-        return source
-    try:
-        with open(source) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{source} not found: it should hold the {what}") from None
-    except ValueError as e:
-        raise ValueError(f"{source} should hold the {what} but is not valid JSON: {e}") from None
-
-
 def read_numbers(records, what, field, *shape):
     """One field of all records, (n, *shape) float64. ValueError names the first record at fault.
 
@@ -337,7 +326,10 @@ def coco_eval(gt, dt, iou_type="bbox"):
     """
     if iou_type != "bbox":
         raise ValueError(f"iou_type {iou_type!r} is not supported here, only 'bbox' is")
-    gt, dt = read_json(gt, "ground truth"), read_json(dt, "detections")
+    gt = gt if isinstance(gt, dict) else read_json(gt, "a COCO instances file")
+    dt = dt if isinstance(dt, list) else read_json(dt, "a list of detections in COCO results format")
+    if not isinstance(gt, dict):
+        raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
     if not isinstance(dt, list):
         raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
     images, categories = id_index(gt, "images"), id_index(gt, "categories")
@@ -421,22 +413,28 @@ def find_validation(args, info):
                 max_size=args.max_size or train.get("max_size", 1333))
     if bool(args.val_json) != bool(args.val_images):
         raise ValueError("--val_json and --val_images belong together, give both")
+    overfit = 0 if args.data or args.val_json else train.get("overfit", 0)
+    split = "train" if overfit else "val"                            # of --overfit: its own images
     data = args.data or (not args.val_json and train.get("data"))
     if data:
-        paths = os.path.join(data, "annotations/instances_val2017.json"), os.path.join(data, "val2017")
+        paths = (os.path.join(data, f"annotations/instances_{split}2017.json"),
+                 os.path.join(data, f"{split}2017"))
     else:
-        paths = args.val_json or train.get("val_json"), args.val_images or train.get("val_images")
+        paths = (args.val_json or train.get(f"{split}_json"),
+                 args.val_images or train.get(f"{split}_images"))
     if paths[0]:
-        return CocoDataset(*paths, **size, classes=info["classes"])
-    if not train:
+        dataset = CocoDataset(*paths, **size, classes=info["classes"])
+    elif train:
+        dataset = ShapesDataset(split, train[f"{split}_shapes"], size["image_size"])
+    else:
         raise ValueError("an official file does not say what to evaluate it on: give --data DIR, or "
                          "--val_json and --val_images")
-    return ShapesDataset("val", train["val_shapes"], size["image_size"])
+    return dataset.keep(overfit) if overfit else dataset
 
 
 def class_table(result):
     """Average precision by class, the best first, as lines; classes without objects are left out."""
-    precision, counts = result["precision"][..., 0, -1], result["num_gt"]        # (T, R, K), (K,)
+    precision, counts = result["precision"][..., 0, -1], result["num_gt"][:, 0]        # (T, R, K), (K,)
     rows = [(precision[:, :, k].mean(), precision[0, :, k].mean(), counts[k], name)
             for k, name in enumerate(result["classes"]) if precision[0, 0, k] > -1]
     width = max([5] + [len(row[3]) for row in rows])

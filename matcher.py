@@ -11,9 +11,12 @@ from scipy.optimize import linear_sum_assignment
 from data import cxcywh_to_xyxy, generalized_box_iou
 
 
-def pad_targets(targets, device):
+def pad_targets(targets, num_classes, device):
     """Labels (B, T) and boxes (B, T, 4) of all images, T the largest number of objects; padded with
     class 0 and a box over the whole image. One transfer to the device for each."""
+    for t in targets:                               # on a GPU a wrong index would end the process
+        if len(t["labels"]) and not 0 <= t["labels"].min() <= t["labels"].max() < num_classes:
+            raise ValueError(f"labels {t['labels'].tolist()} do not lie in 0 .. {num_classes - 1}")
     T = max(len(t["labels"]) for t in targets)
     labels = torch.zeros(len(targets), T, dtype=torch.int64)
     boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(targets), T, 1)
@@ -30,7 +33,7 @@ def matching_cost(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_gi
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh; T as in pad_targets, whose padding costs
     something meaningless. Eq. 1: minus the probability of the class, L1 distance and minus GIoU.
     """
-    labels, target_boxes = pad_targets(targets, logits.device)
+    labels, target_boxes = pad_targets(targets, logits.shape[-1] - 1, logits.device)
     L, B, Q, _ = boxes.shape
     index = labels[None, :, None].expand(L, B, Q, -1)                      # (L, B, Q, T)
     cost = -cost_class * logits.float().softmax(-1).gather(3, index)

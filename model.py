@@ -39,6 +39,7 @@ class ModelConfig:
     backbone_norm: Annotated[str, "frozen (for pretrained weights), batch or layer"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
+    temperature: Annotated[float, "longest wave of the sine positions; low ones suit small grids"] = 10000.0
     enc_layers: Annotated[int, "encoder layers"] = 6
     dec_layers: Annotated[int, "decoder layers"] = 6
     dim_feedforward: Annotated[int, "hidden units of the feed-forward blocks"] = 2048
@@ -59,6 +60,8 @@ class ModelConfig:
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(f"--hidden_dim {self.hidden_dim} must be a multiple of --nheads "
                              f"{self.nheads} and of 4 (sine and cosine, rows and columns)")
+        if self.dilation and RESNETS[self.backbone][0] is BasicBlock:
+            raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for {self.backbone}")
         if self.pool_size % 2 == 0:
             raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
         for field, least in (("enc_layers", 0), ("dec_layers", 1), ("num_queries", 1), ("token_dim", 1),
@@ -206,14 +209,14 @@ class SinePosition(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.dim = cfg.hidden_dim // 2
+        self.dim, self.temperature = cfg.hidden_dim // 2, cfg.temperature
 
     def forward(self, valid):
         y, x = (valid.cumsum(d, dtype=torch.float32) for d in (1, 2))   # from 1, not from 0
         y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi                     # (B, H, W)
         x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
         i = torch.arange(self.dim, dtype=torch.float32, device=valid.device)
-        wavelength = 10000 ** (2 * torch.div(i, 2, rounding_mode="floor") / self.dim)
+        wavelength = self.temperature ** (2 * torch.div(i, 2, rounding_mode="floor") / self.dim)
         y, x = y[..., None] / wavelength, x[..., None] / wavelength     # (B, H, W, dim)
         y, x = (torch.stack([p[..., 0::2].sin(), p[..., 1::2].cos()], 4).flatten(3) for p in (y, x))
         return torch.cat([y, x], 3).flatten(1, 2)                       # (B, N, C)
@@ -583,7 +586,10 @@ def load_weights(model, source, strict=True):
     """
     state = source if isinstance(source, dict) else read_checkpoint(source)
     name = "the state dict" if isinstance(source, dict) else str(source)
-    state = state.get("model", state)
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is expected")
     target = model
     if "fc.weight" in state or not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # torchvision's ResNet
@@ -592,7 +598,7 @@ def load_weights(model, source, strict=True):
         if key in own and key in state and own[key].shape == state[key].shape:
             continue
         if key not in own:
-            line = f"{key} {tuple(getattr(state[key], 'shape', ()))}: not in the model, left out"
+            line = f"{key} {tuple(state[key].shape)}: not in the model, left out"
         elif key not in state:
             line = f"{key} {tuple(own[key].shape)}: not in the file, newly initialised"
         else:
@@ -639,7 +645,7 @@ def load_backbone(model, weights):
 def multiply_adds(model, images):
     """Multiply-adds of convolutions and matrix products in one forward pass, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter:                 # fails under inference_mode
         model(images)
     return counter.get_total_flops() // 2
 

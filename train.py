@@ -120,7 +120,8 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 def read_options(argv, *configs):
     """The flags that were given, as a dict. One flag per field of the config classes: its type, help
     and default; booleans as --flag and --no-flag. Abbreviations are off, so that a typo is an error."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--option value ...]",
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for config in configs:
         group, hints = parser.add_argument_group(config.__name__), get_type_hints(config, include_extras=True)
@@ -145,7 +146,7 @@ def make_configs(given):
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
     if kind == "shapes":
         options.setdefault("model", "detr_tiny")
-        options["max_size"] = options["image_size"]                  # the images are square
+        options["max_size"] = given.get("max_size", options["image_size"])    # the images are square
 
     def pick(config):
         return {f.name: options[f.name] for f in fields(config) if f.name in options}
@@ -192,13 +193,11 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def average_buffers(model):
-    """Running statistics of ordinary batch norm differ by process: their mean goes into the rest."""
+def share_buffers(model):
+    """Running statistics of ordinary batch norm differ by process until rank 0's go to all."""
     if dist.is_initialized():
         for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
+            dist.broadcast(buffer, 0)
 
 
 # -- data, model, optimizer ----------------------------------------------------------------------
@@ -256,13 +255,12 @@ def ignore_interrupts(worker):
 
 def build_optimizer(model, cfg):
     """AdamW with the backbone's own learning rate; each group keeps it under "base_lr"."""
-    groups = {cfg.lr: [], cfg.lr_backbone: []} if cfg.lr != cfg.lr_backbone else {cfg.lr: []}
+    groups = [dict(params=[], lr=lr, base_lr=lr) for lr in (cfg.lr, cfg.lr_backbone)]
     for name, p in model.named_parameters():
         if "backbone" in name and not cfg.lr_backbone:
             p.requires_grad_(False)
         if p.requires_grad:
-            groups[cfg.lr_backbone if "backbone" in name else cfg.lr].append(p)
-    groups = [dict(params=ps, lr=lr, base_lr=lr) for lr, ps in groups.items() if ps]
+            groups["backbone" in name]["params"].append(p)
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -284,7 +282,8 @@ def save_checkpoint(path, state):
     """Written whole or not at all; the file before it stays as *_prev.pt."""
     torch.save(state, path + ".tmp")
     if os.path.exists(path):
-        os.replace(path, path.replace(".pt", "_prev.pt"))
+        shutil.copyfile(path, path + ".tmp2")
+        os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is there at every moment
     os.replace(path + ".tmp", path)
 
 
@@ -412,11 +411,18 @@ def prepare_model(model_cfg, cfg, state, device, world, say):
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, cfg)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        now = [{k: g[k] for k in ("base_lr", "weight_decay")} for g in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            raise ValueError("--resume: the optimizer's state is of other trained tensors; --lr_backbone "
+                             "cannot change between 0 and more, --finetune starts anew") from None
+        for group, options in zip(optimizer.param_groups, now):
+            group.update(options)                  # as given now, not as in the file
     wrapped = torch.compile(model) if cfg.compile else model
     if dist.is_initialized():
         wrapped = DistributedDataParallel(wrapped, device_ids=[device] if "cuda" in device else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+                                          gradient_as_bucket_view=True)
     return model, wrapped, optimizer
 
 
@@ -507,6 +513,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
         sampler.set_epoch(epoch, step)
         batches, losses, count, waited, since = iter(train_loader), {}, 0, 0.0, time.time()
         model.train()
+        stopping = False
         while step < steps:
             wait = time.time()
             parts = [next(batches) for _ in range(cfg.accumulate)]
@@ -546,9 +553,9 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 losses, count, waited, since = {}, 0, 0.0, time.time()
             if stopping:
                 break
-        average_buffers(bare)
+        share_buffers(bare)
         save()                                       # before the evaluation, which may fail
-        if interrupt["stop"] or step < steps:
+        if stopping:                                 # not interrupt: all processes leave together
             say(f"stopped; the same command goes on from {out}ckpt.pt")
             return 130
 
