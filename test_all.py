@@ -1,0 +1,1761 @@
+"""One test per promise: python -m pytest test_all.py
+
+Expected values come from elsewhere: by hand, from a loop written here, from torch's own modules, or
+computed by the official code (facebookresearch/detr at 29901c5, CPU, float32) and copied here.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+import evaluate
+import train
+from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_to_xyxy,
+                  EvalSampler, generalized_box_iou, overlap, Plan, plan_training, read_image,
+                  resized, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
+from evaluate import coco_eval, evaluate_columns, summary
+from losses import LossConfig, loss_counts, set_loss
+from matcher import match
+from model import (AttentionMixer, build_model, Decoder, Encoder, LearnedPosition, load_backbone,
+                   load_weights, MIXERS, ModelConfig, PIXEL_MEAN, PIXEL_STD, ResNet, SinePosition)
+
+
+# -- weights and inputs that follow from names, with which the official values were computed -------
+
+def rng(name):
+    return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+
+
+def normal(name, *shape):
+    return rng(name).standard_normal(shape)
+
+
+def named_weight(key, shape):
+    """A state dict's entry, scaled so that queries and positions answer differently."""
+    if key.endswith("running_var"):
+        return 0.5 + rng(key).random(shape)
+    x, leaf = normal(key, *shape), key.split(".")[-1]
+    if len(shape) == 1:
+        return 0.1 * x + (leaf == "weight")
+    if key == "query_embed.weight":
+        return x
+    gains = {"in_proj_weight": 3, "self_attn.out_proj.weight": 0.1, "linear2.weight": 0.3,
+             "multihead_attn.out_proj.weight": 2, "class_embed.weight": 2,
+             "bbox_embed.layers.2.weight": 0.5}
+    gain = [g for tail, g in gains.items() if key.endswith(tail)]
+    return x / math.sqrt(math.prod(shape[1:])) * (gain[0] if gain else 1)
+
+
+def named_boxes(name, n):
+    u = rng(name).random((n, 4))
+    wh = 0.05 + 0.35 * u[:, 2:]
+    return torch.tensor(np.concatenate([wh / 2 + (1 - wh) * u[:, :2], wh], 1), dtype=torch.float32)
+
+
+def named_image(name, h, w):
+    """The pixels, 0..255 and beyond, of which the official model got the normalised values."""
+    patches = normal(f"{name}.coarse", 3, -(-h // 32), -(-w // 32)).repeat(32, 1).repeat(32, 2)
+    x = torch.tensor(1.5 * patches[:, :h, :w] + 0.5 * normal(name, 3, h, w), dtype=torch.float32)
+    return x * torch.tensor(PIXEL_STD)[:, None, None] + torch.tensor(PIXEL_MEAN)[:, None, None]
+
+
+def named_problem(case, L, Q, K, counts):
+    """Logits, boxes and targets of a batch with so many objects."""
+    name, B = f"criterion.{case}", len(counts)
+    logits = torch.tensor(2 * normal(f"{name}.logits", L, B, Q, K + 1), dtype=torch.float32)
+    boxes = named_boxes(f"{name}.pred_boxes", L * B * Q).view(L, B, Q, 4)
+    def labels(name, n):
+        return 1 + torch.tensor((K - 1) * rng(name).random(n)).long()
+    targets = [{"labels": labels(f"{name}.targets.labels{i}", n),
+                "boxes": named_boxes(f"{name}.targets.boxes{i}", n)} for i, n in enumerate(counts)]
+    return logits.requires_grad_(), boxes.requires_grad_(), targets
+
+
+# -- data.py: boxes and augmentation -------------------------------------------------------------
+
+def test_box_formats_convert_by_hand_and_back():
+    boxes = torch.tensor([[10.0, 20, 4, 6], [0.5, 0.5, 1, 1]])
+    corners = torch.tensor([[8.0, 17, 12, 23], [0, 0, 1, 1]])
+    assert torch.equal(cxcywh_to_xyxy(boxes), corners)
+    assert torch.equal(xyxy_to_cxcywh(corners), boxes)
+
+
+def test_overlaps_by_hand():
+    a = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1]])
+    b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [0, 0, 2, 2]])
+    assert_close(box_iou(a, b), torch.tensor([[1 / 7, 0, 1], [0, 0, 1 / 4]]))
+    giou = torch.tensor([[1 / 7 - 2 / 9, -1 / 6, 1], [-4 / 9, -1 / 3, 1 / 4]])
+    assert_close(generalized_box_iou(a, b), giou)
+
+
+def test_overlaps_are_the_official_ones():
+    a, b = (cxcywh_to_xyxy(named_boxes(*given)) for given in (("giou.a", 8), ("giou.b", 6)))
+    assert_close(box_iou(a, b)[0], torch.tensor([0, 0.1352179, 0.1916178, 0, 0, 0]))
+    assert_close(generalized_box_iou(a, b)[0], torch.tensor(
+        [-0.5824438, -0.1772879, -0.0043744, -0.6491861, -0.762363, -0.6281256]))
+    assert generalized_box_iou(a, b).sum().item() == pytest.approx(-26.262527, rel=1e-5)
+
+
+def test_boxes_without_area_give_no_nan_in_value_or_gradient():
+    a = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 5]], requires_grad=True)
+    iou, giou = overlap(a, torch.tensor([[1.0, 1, 1, 1], [2, 2, 2, 2], [0, 0, 4, 5]]))
+    giou.sum().backward()
+    assert iou.tolist() == [0, 0, 0] and giou.isfinite().all() and a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("w, h, size, most, out", [                  # all official; out (w, h)
+    (640, 480, 800, 1333, (1066, 800)), (480, 640, 672, 1333, (672, 896)),
+    (640, 480, 480, 1333, (640, 480)), (500, 375, 400, None, (533, 400)),
+    (375, 500, 640, 800, (600, 800)), (640, 427, 800, 1333, (1199, 800)),
+    (427, 640, 640, 800, (534, 800)), (1000, 300, 480, 1333, (1333, 400)),
+    (300, 1000, 600, None, (600, 2000)), (1333, 800, 672, 1333, (1119, 672)),
+    (2000, 1000, 800, 1333, (1332, 666)), (59, 640, 800, 1333, (123, 1334))])
+def test_resize_rule_is_the_official_one_to_the_pixel(w, h, size, most, out):
+    assert resized(h, w, size, most) == out[::-1]
+
+
+@pytest.mark.parametrize("plan, pixels_of, official_labels, official_boxes", [
+    (Plan(True, None, None, (48, 64)), lambda x: x[:, ::-1], [1, 2, 3, 4, 5, 6, 7],
+     [[16.60875, 9.418793, 37.06688, 20.95095], [32.96805, 34.196747, 43.193813, 42.90703],
+      [9.172905, 4.297687, 31.89727, 14.376975], [44.1705, 3.1223803, 58.560787, 12.007195]]),
+    (Plan(False, None, (10, 20, 24, 30), (24, 30)), lambda x: x[10:34, 20:50], [1, 3, 5, 7],
+     [[6.9331207, 0, 27.39125, 10.950951], [12.10273, 0, 30, 4.376975],
+      [27.199966, 21.35353, 30, 24], [0, 23.920456, 0.6708031, 24]]),
+    (Plan(False, None, None, (30, 40)), None, [1, 2, 3, 4, 5, 6, 7],
+     [[16.8332, 5.8867455, 29.619532, 13.094344], [13.003866, 21.372967, 19.39497, 26.816893],
+      [20.064205, 2.6860545, 34.266933, 8.985609], [3.3995082, 1.9514877, 12.393437, 7.504497]])],
+    ids=["flip", "crop", "resize"])
+def test_transforms_are_the_official_ones(plan, pixels_of, official_labels, official_boxes):
+    pixels = np.floor(256 * rng("transforms.image").random((48, 64, 3))).astype(np.uint8)
+    boxes = cxcywh_to_xyxy(named_boxes("transforms.boxes", 7) * torch.tensor([64, 48, 64, 48]))
+    image, boxes, labels = apply_plan(Image.fromarray(pixels), boxes.numpy(), np.arange(1, 8), plan)
+    np.testing.assert_allclose(boxes[:4], official_boxes, rtol=1e-5, atol=1e-6)
+    assert labels.tolist() == official_labels
+    if pixels_of:
+        assert (np.array(image) == pixels_of(pixels)).all()
+    else:                                                            # official pixels and their sum
+        assert np.array(image)[[0, 13, 29], [0, 20, 39]].tolist() == [
+            [117, 144, 63], [147, 138, 75], [67, 207, 138]] and np.array(image).sum() == 460771
+
+
+def test_flip_resize_and_crop_in_a_row_keep_the_box_on_its_object():
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[20:40, 30:54] = 255                                       # one white object
+    plan = Plan(True, (120, 160), (20, 40, 90, 100), (180, 200))
+    given = Image.fromarray(pixels), np.float32([[30, 20, 54, 40]]), np.array([0])
+    image, boxes, _ = apply_plan(*given, plan)
+    np.testing.assert_allclose(boxes[0], [24, 40, 120, 120], atol=1e-4)              # by hand
+    rows, cols = (np.flatnonzero((np.array(image)[..., 0] > 127).any(d)) for d in (1, 0))
+    np.testing.assert_allclose(boxes[0], [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], atol=1)
+
+
+def test_training_augmentation_draws_from_the_official_ranges():
+    plans = [plan_training(480, 640, 800, 1333, random.Random(i)) for i in range(400)]
+    cropped = [p for p in plans if p.crop]
+    assert 150 < sum(p.flip for p in plans) < 250 and 150 < len(cropped) < 250
+    assert {min(p.first) for p in cropped} == {400, 500, 600}
+    assert {min(p.size) for p in plans if not p.crop} == set(range(480, 801, 32))
+    for (top, left, h, w), (fh, fw) in ((p.crop, p.first) for p in cropped):
+        assert 384 <= h <= min(600, fh) and 384 <= w <= min(600, fw)
+        assert 0 <= top <= fh - h and 0 <= left <= fw - w
+    assert min(min(p.crop[2:]) for p in cropped) < 388 and max(p.crop[3] for p in cropped) > 590
+
+
+def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
+    a, b, other = (ShapesDataset("train", 20, augment=True, seed=s) for s in (1, 1, 2))
+    first = {key: a[key] for key in itertools.product((0, 1), range(20))}
+    for key, (image, target) in reversed(first.items()):             # another order, another object
+        image_b, target_b = b[key]
+        assert torch.equal(image_b, image) and torch.equal(target_b["boxes"], target["boxes"])
+        assert image.shape[1:] == a.plan(*key).size                  # what the sampler counts on
+        corners = cxcywh_to_xyxy(target["boxes"])
+        assert (corners > -1e-4).all() and (corners < 1.0001).all()
+    assert any(a.plan(0, i) != a.plan(1, i) for i in range(20))
+    assert any(a.plan(0, i) != other.plan(0, i) for i in range(20))
+
+
+# -- data.py: COCO files -------------------------------------------------------------------------
+
+def annotation(id, image_id, category_id, bbox=(10, 5, 20, 30), **more):
+    return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
+
+
+def write_coco(root, **changes):
+    """Three images of 64 x 48 and their annotations on disk; the two paths."""
+    for i in (900, 2, 40):
+        Image.new("RGB", (64, 48), (i % 256, 0, 0)).save(root / f"{i}.png")
+    (root / "instances.json").write_text(json.dumps({
+        "images": [dict(id=i, file_name=f"{i}.png", width=64, height=48) for i in (900, 2, 40)],
+        "categories": [dict(id=i, name=n) for i, n in ((90, "zebra"), (7, "ant"), (13, "mole"))],
+        "annotations": [annotation(1, 900, 90), annotation(2, 2, 13), annotation(3, 2, 7)],
+        **changes}))
+    return root / "instances.json", root
+
+
+def test_odd_annotations_are_parsed_as_officially(tmp_path):
+    given = [(3, (10, 5, 20, 30), 0), (90, (-5, -5, 20, 20), 0), (1, (40, 40, 50, 50), 0),
+             (2, (5, 5, 0, 10), 0), (2, (70, 5, 9, 10), 0), (44, (1, 1, 30, 30), 1),
+             (13, (12.25, 3.5, 7.75, 9.25), None)]
+    dataset = CocoDataset(*write_coco(
+        tmp_path, categories=[dict(id=i, name=f"class {i}") for i in (1, 2, 3, 13, 44, 90)],
+        annotations=[annotation(k, 900, c, box, iscrowd=v) for k, (c, box, v) in enumerate(given)]),
+        image_size=48)
+    _, target = dataset[2]                                           # 900 is the largest image id
+    boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([64, 48, 64, 48])
+    assert_close(boxes, torch.tensor([[10, 5, 30, 35], [0, 0, 15, 15], [40, 40, 64, 48],
+                                      [12.25, 3.5, 20, 12.75]]))
+    assert [dataset.category_ids[k] for k in target["labels"]] == [3, 90, 1, 13]
+    columns = dataset.columns()                                      # evaluation sees all seven
+    assert columns["crowd"].tolist() == [False] * 5 + [True, False]
+    assert columns["image"].tolist() == [2] * 7
+    assert columns["box"].tolist() == [list(box) for _, box, _ in given]
+    assert columns["area"].tolist() == [600, 400, 2500, 0, 90, 900, 7.75 * 9.25]
+
+
+def test_sparse_ids_become_contiguous_and_images_without_annotations_stay(tmp_path):
+    dataset = CocoDataset(*write_coco(tmp_path), image_size=48)
+    assert dataset.classes == ["ant", "mole", "zebra"] and dataset.category_ids == [7, 13, 90]
+    assert dataset.image_ids.tolist() == [2, 40, 900] and dataset.missing == []
+    images, targets = zip(*(dataset[i] for i in range(3)))
+    assert [t["labels"].tolist() for t in targets] == [[1, 0], [], [2]]
+    assert targets[1]["boxes"].shape == (0, 4) and targets[1]["labels"].dtype == torch.int64
+    assert [image[0, 0, 0].item() for image in images] == [2, 40, 900 % 256]
+    assert targets[2]["orig_size"] == (48, 64) and targets[2]["index"] == 2
+    dataset.keep(2)                                                  # --overfit 2
+    assert dataset.image_ids.tolist() == [2, 900] and dataset[1][1]["labels"].tolist() == [2]
+
+
+def test_given_classes_set_the_order_of_the_labels(tmp_path):
+    paths = write_coco(tmp_path)
+    dataset = CocoDataset(*paths, image_size=48, classes=["zebra", "yak", "mole", "ant"])
+    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[2, 3], [], [0]]
+    assert dataset.missing == ["yak"]
+    assert [dataset.category_ids[k] for k in (0, 2, 3)] == [90, 13, 7]
+    with pytest.raises(ValueError, match="not trained on.*mole"):
+        CocoDataset(*paths, classes=["zebra", "ant"])
+
+
+@pytest.mark.parametrize("key, k, change, fault", [
+    ("annotations", 0, dict(category_id=99), "annotation 1 .*category_id 99"),
+    ("annotations", 0, dict(category_id="90"), "category_id '90'"),
+    ("annotations", 1, dict(image_id=5), r"annotation 2 \(image 5\).*image_id 5"),
+    ("annotations", 0, dict(bbox=[1, 2, math.nan, 4]), r"\[1, 2, nan, 4\].*4 finite"),
+    ("annotations", 0, dict(bbox=[1, 2, 3]), "4 finite numbers"),
+    ("annotations", 0, dict(bbox=None), "bbox None"),
+    ("annotations", 0, dict(bbox=[1, 2, -3, 4]), r"\[1, 2, -3, 4\] has a negative"),
+    ("annotations", 0, dict(iscrowd=2), "iscrowd 2"),
+    ("annotations", 0, dict(area="big"), "area 'big'"),
+    ("annotations", 1, dict(id=1), "annotation id 1 occurs twice"),
+    ("images", 1, dict(id=900), "image id 900 occurs twice"),
+    ("images", 0, dict(width=None), "image 900: width None"),
+    ("images", 0, dict(file_name=None), "image 900: file_name None"),
+    ("images", 0, dict(file_name="../900.png"), "out of the image folder"),
+    ("images", 0, dict(file_name="/etc/passwd"), "out of the image folder"),
+    ("images", 0, dict(file_name="gone.png"), "gone.png not found"),
+    ("images", 2, dict(id=True), r"images\[2\]: id True"),
+    ("categories", 1, dict(id=90), "category id 90 occurs twice"),
+    ("categories", 1, dict(name="zebra"), "'zebra' occurs twice"),
+    ("categories", 1, dict(name=None), "category 7: name None")])
+def test_each_kind_of_fault_in_a_coco_file_is_found_and_named(tmp_path, key, k, change, fault):
+    json_path, folder = write_coco(tmp_path)
+    content = json.loads(json_path.read_text())
+    assert check_coco(content, "f.json", folder) == []
+    content[key][k].update(change)
+    assert re.search(fault, "\n".join(check_coco(content, "f.json", folder)))
+
+
+def test_missing_annotation_ids_are_no_fault_and_what_is_no_coco_file_is_one(tmp_path):
+    nameless = {"image_id": 2, "category_id": 13, "bbox": [1.5, 2, 3, 4]}
+    assert len(CocoDataset(*write_coco(tmp_path, annotations=[nameless, nameless])).boxes) == 2
+    for wrong in ([], {}, {"images": [], "annotations": {}, "categories": []}, "text", None):
+        (fault,) = check_coco(wrong)
+        assert 'no list "' in fault
+
+
+def test_many_faults_are_shown_as_the_first_20_and_their_count(tmp_path):
+    paths = write_coco(tmp_path, annotations=[annotation(k, 900, 1000 + k) for k in range(25)])
+    with pytest.raises(ValueError, match=r"has 25 fault\(s\)") as error:
+        CocoDataset(*paths)
+    shown = re.findall(r"category_id (\d+)", str(error.value))
+    assert shown == [str(1000 + k) for k in range(20)] and "and 5 more" in str(error.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    json_path, folder = write_coco(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        CocoDataset(tmp_path / "none.json", folder)
+    with pytest.raises(FileNotFoundError, match="no_folder"):
+        CocoDataset(json_path, tmp_path / "no_folder")
+    json_path.write_text(json_path.read_text()[:-20])
+    with pytest.raises(ValueError, match="instances.json is not valid JSON"):
+        CocoDataset(json_path, folder)
+
+
+# -- data.py: image files ------------------------------------------------------------------------
+
+PALETTED = Image.new("P", (4, 3), 1)
+PALETTED.putpalette([0, 0, 0, 10, 200, 30])
+
+
+@pytest.mark.parametrize("image, options, rgb", [                    # transparent becomes white
+    (Image.new("L", (4, 3), 100), {}, (100, 100, 100)),
+    (PALETTED, {}, (10, 200, 30)),
+    (PALETTED, dict(transparency=1), (255, 255, 255)),
+    (Image.new("RGBA", (4, 3), (200, 0, 40, 51)), {}, (244, 204, 212)),              # alpha 1/5
+    (Image.new("LA", (4, 3), (100, 51)), {}, (224, 224, 224)),
+    (Image.new("RGB", (4, 3), (1, 2, 3)), dict(transparency=(1, 2, 3)), (255, 255, 255)),
+    (Image.new("CMYK", (4, 3), (0, 255, 255, 0)), {}, (255, 0, 0)),
+    (Image.fromarray(np.full((3, 4), 200 * 257, np.uint16)), {}, (200, 200, 200)),
+    (Image.new("1", (4, 3), 1), {}, (255, 255, 255))])
+def test_image_modes_are_read_as_a_viewer_shows_them(tmp_path, image, options, rgb):
+    path = tmp_path / ("a.tif" if image.mode == "CMYK" else "a.png")
+    image.save(path, **options)
+    read = read_image(path, (3, 4))
+    assert read.mode == "RGB" and read.size == (4, 3)
+    assert np.abs(np.array(read).astype(int) - rgb).max() <= 1
+
+
+def test_images_are_turned_upright_unless_the_annotations_have_the_raw_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6                                                  # the raw left is the top
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    upright, raw = (np.array(read_image(tmp_path / "a.jpg", s)) for s in ((64, 48), (48, 64)))
+    assert upright.shape == (64, 48, 3) and upright[:28].min() > 200 and upright[36:].max() < 50
+    assert raw.shape == (48, 64, 3) and raw[:, :28].min() > 200 and raw[:, 36:].max() < 50
+
+
+def test_unreadable_images_and_wrong_sizes_are_errors_that_name_the_file(tmp_path):
+    noise = Image.fromarray(np.uint8(rng("noise").integers(0, 256, (48, 64, 3))))
+    noise.save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="a.jpg.*64 x 48 .*annotations say 50 x 40"):
+        read_image(tmp_path / "a.jpg", (40, 50))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("404: not found")
+    for name in ("cut.jpg", "text.jpg"):
+        with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
+            read_image(tmp_path / name, (48, 64))
+    with pytest.raises(FileNotFoundError, match="none.jpg"):
+        read_image(tmp_path / "none.jpg")
+
+
+# -- data.py: shapes and batches -----------------------------------------------------------------
+
+def test_shapes_are_the_same_each_time_and_differ_between_splits():
+    a, b, val = (ShapesDataset(split, 30) for split in ("train", "train", "val"))
+    first = [a[i] for i in range(30)]
+    for i in reversed(range(30)):
+        assert torch.equal(b[i][0], first[i][0])
+        assert torch.equal(b[i][1]["boxes"], first[i][1]["boxes"])
+    assert len({x[i][0].numpy().tobytes() for x in (a, val) for i in range(30)}) == 60
+    assert {k for _, target in first for k in target["labels"].tolist()} == {0, 1, 2}
+
+
+def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
+    dataset, seen = ShapesDataset("train", 600), []
+    for i in range(600):
+        image, (boxes, labels) = np.array(dataset.read(i)), dataset.objects(i)
+        x1, y1, x2, y2 = boxes[0].astype(int)
+        outside = np.ones((64, 64), bool)
+        outside[y1:y2, x1:x2] = False
+        ground = np.unique(image[outside], axis=0)
+        if len(boxes) == 1 and len(ground) == 1:                     # one object on plain ground
+            rows, cols = (np.flatnonzero((image != ground).any(2).any(d)) for d in (1, 0))
+            assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == [x1, y1, x2, y2]
+            seen += labels.tolist()
+    assert set(seen) == {0, 1, 2} and len(seen) > 20
+
+
+def test_collate_pads_right_and_below_and_says_where():
+    wide, tall = (torch.full((3, *s), v, dtype=torch.uint8) for s, v in (((2, 5), 7), ((4, 3), 9)))
+    images, valid, targets = collate([(wide, "a"), (tall, "b")])
+    expected = np.zeros((2, 3, 4, 5), np.uint8)
+    expected[0, :, :2, :], expected[1, :, :, :3] = 7, 9
+    assert (images.numpy() == expected).all() and images.dtype == torch.uint8
+    assert (valid.numpy() == (expected[:, 0] > 0)).all() and targets == ["a", "b"]
+
+
+class Sized:
+    """As much of a data set as a sampler needs: images of many shapes."""
+
+    def __init__(self, n):
+        self.sizes = np.random.default_rng(0).integers(300, 900, (n, 2)).tolist()
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def plan(self, epoch, i):
+        return SimpleNamespace(size=tuple(self.sizes[i]))
+
+
+def steps_of(world=1, accumulate=1, epoch=1, first_step=0, grouped=True):
+    """The images of every step, gathered from all ranks and accumulated parts."""
+    samplers = [TrainSampler(Sized(250), 8, 5, r, world, accumulate, grouped) for r in range(world)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch, first_step)
+    shares = [list(sampler) for sampler in samplers]                 # lists of lists of (epoch, i)
+    assert [len(share) for share in shares] == [len(sampler) for sampler in samplers]
+    assert all(len(part) == 8 // (world * accumulate) for share in shares for part in share)
+    assert all(key[0] == epoch for share in shares for part in share for key in part)
+    return [sorted(i for share in shares for part in share[k:k + accumulate] for _, i in part)
+            for k in range(0, len(shares[0]), accumulate)]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_step_takes_the_same_images_however_it_is_split(grouped):
+    whole = steps_of(grouped=grouped)
+    assert len(whole) == 31 and len(set(sum(whole, []))) == 248      # of 250: the rest is dropped
+    for world, accumulate in ((2, 1), (4, 1), (1, 4), (2, 2), (4, 2)):
+        assert steps_of(world, accumulate, grouped=grouped) == whole
+        assert steps_of(world, accumulate, first_step=20, grouped=grouped) == whole[20:]
+    assert steps_of(epoch=2, grouped=grouped) != whole
+
+
+def test_grouping_by_shape_saves_padding():
+    sizes = np.array(Sized(250).sizes)
+    grouped, loose = (sum(sizes[step].max(0).prod() for step in steps_of(grouped=g))
+                      for g in (True, False))
+    assert grouped < 0.8 * loose
+
+
+def test_batch_sizes_that_cannot_be_are_errors():
+    with pytest.raises(ValueError, match="7 images, fewer than --batch_size 8"):
+        TrainSampler(Sized(7), 8, 0)
+    with pytest.raises(ValueError, match="--batch_size 8.*3 processes"):
+        TrainSampler(Sized(70), 8, 0, world=3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_each_image_once_in_the_same_batches_at_any_world_size(world):
+    alone = list(EvalSampler(Sized(50), 4))
+    ranks = [EvalSampler(Sized(50), 4, r, world) for r in range(world)]
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(batches) == sorted(alone) and len(batches) == sum(map(len, ranks))
+    assert sorted(sum(batches, [])) == list(range(50))
+
+
+# -- model.py: the official DETR -----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def r50():
+    model = build_model("detr_r50").eval()
+    model.load_state_dict({k: torch.tensor(named_weight(k, v.shape), dtype=torch.float32)
+                           for k, v in model.state_dict().items()})
+    return model
+
+
+# two images; queries 0 and 40 of both: logits of every 18th class, boxes
+OFFICIAL_R50 = {
+    (("r50.image0", 160, 224), ("r50.image1", 192, 128)): (
+        [[[0.7820069, 1.1040647, 0.2336922, 2.85857, 0.7804134, -0.2849239],
+          [0.9179511, 1.2797469, -0.0722219, 3.3200145, 0.1690406, 0.2924358]],
+         [[1.0097306, 2.16068, -0.1987208, 3.066044, 0.843747, 0.3566073],
+          [1.3197165, 2.0034957, -0.7037861, 2.6903207, 0.4512672, 0.0972407]]],
+        [[[0.4466679, 0.6786938, 0.5938395, 0.5425300],
+          [0.4511319, 0.6622103, 0.5829867, 0.5226241]],
+         [[0.4499983, 0.6704539, 0.5904886, 0.5172606],
+          [0.4318245, 0.6606059, 0.5911334, 0.5206607]]]),
+    (("odd.image0", 97, 131), ("odd.image1", 120, 90)): (
+        [[[0.623904, 0.4436587, 0.5109759, 2.9750128, 0.8017373, -0.3612763],
+          [0.7616325, 0.0695997, -0.7418151, 2.9077554, 0.0643061, -0.0325632]],
+         [[0.7201924, 1.3836938, -0.5654607, 2.8836184, 1.1896571, 0.0293651],
+          [0.7894725, 0.7064323, -1.3086487, 2.8567004, 0.5529699, 0.1566163]]],
+        [[[0.4477852, 0.6879471, 0.5675160, 0.5276396],
+          [0.4619001, 0.6802052, 0.5623155, 0.5305380]],
+         [[0.4652720, 0.6814330, 0.5932063, 0.5321615],
+          [0.4625143, 0.6616418, 0.5691187, 0.5253581]]])}
+
+
+@pytest.mark.parametrize("given", OFFICIAL_R50, ids=["padded", "odd"])
+def test_detr_r50_computes_what_the_official_one_does(r50, given):
+    ih, iw = (max(size[d] for size in given) for d in (1, 2))
+    images, valid = torch.full((2, 3, ih, iw), 77.0), torch.zeros(2, ih, iw, dtype=torch.bool)
+    for k, (name, h, w) in enumerate(given):                         # 77: garbage in the padding
+        images[k, :, :h, :w], valid[k, :h, :w] = named_image(name, h, w), True
+    with torch.no_grad():
+        logits, boxes = r50(images, valid)
+    official_logits, official_boxes = map(torch.tensor, OFFICIAL_R50[given])
+    assert logits.shape == (6, 2, 100, 92) and boxes.shape == (6, 2, 100, 4)
+    assert_close(logits[-1, :, 0:41:40, ::18], official_logits, atol=1e-4, rtol=0)
+    assert_close(boxes[-1, :, 0:41:40], official_boxes, atol=1e-5, rtol=0)
+    if given[0][0] == "r50.image0":                                  # all other decoder layers
+        assert_close(boxes[:-1, 1, 37], torch.tensor([
+            [0.5044149, 0.4923997, 0.4911839, 0.5278624],
+            [0.4632567, 0.5953441, 0.5464289, 0.5869395],
+            [0.4347875, 0.5772411, 0.5735462, 0.5592135],
+            [0.4273008, 0.6145134, 0.5685554, 0.6217362],
+            [0.4858231, 0.5561076, 0.5410396, 0.5826893]]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, options, entries, trained, sha256", [
+    ("detr_r50", {}, 458, 41_302_368, "01f0ab8e837e"),
+    ("detr_r50_dc5", {}, 458, 41_302_368, "01f0ab8e837e"),           # the same as without dilation
+    ("detr_r101", {}, 713, 60_242_272, "e7bf88cbb1e5"),
+    ("detr_r50", dict(position_embedding="learned"), 460, 41_315_168, "940e2657d637"),
+    ("detr_r50", dict(pre_norm=True), 460, 41_302_880, "dbc5b090e0e5")])
+def test_tensors_have_the_official_names_and_shapes(name, options, entries, trained, sha256):
+    with torch.device("meta"):                                       # nothing is allocated
+        model = build_model(name, **options)
+    lines = [f"{k} {tuple(v.shape)}" for k, v in sorted(model.state_dict().items())]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert len(lines) == entries and digest.startswith(sha256)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+def small(**options):
+    return ModelConfig(**{**dict(hidden_dim=16, nheads=4, dim_feedforward=24, enc_layers=2,
+                                 dec_layers=2, dropout=0.0, num_queries=5, grid_rows=6, grid_cols=8,
+                                 token_dim=7), **options})
+
+
+def ragged(B, N):
+    """valid (B, N) that leaves out more tokens of each further image."""
+    return torch.arange(N)[None] < N - 3 * torch.arange(B)[:, None]
+
+
+def test_attention_is_torchs_with_positions_on_queries_and_keys_alone():
+    torch.manual_seed(0)
+    (x, pos), valid = torch.randn(2, 2, 12, 16), ragged(2, 12)
+    official, ours = nn.MultiheadAttention(16, 4, batch_first=True), AttentionMixer(small())
+    nn.init.normal_(official.in_proj_bias)
+    ours.load_state_dict(official.state_dict())
+    y, _ = official(x + pos, x + pos, x, key_padding_mask=~valid)
+    assert_close(ours(x, pos, valid, (3, 4)), y)
+    assert_close(ours(x, None, None, (3, 4)), official(x, x, x)[0])
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_encoder_and_decoder_are_torchs(pre_norm):
+    torch.manual_seed(0)
+    shared = dict(d_model=16, nhead=4, dim_feedforward=24, dropout=0.0, batch_first=True,
+                  norm_first=pre_norm)
+    norm = nn.LayerNorm(16) if pre_norm else None
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shared), 2, norm, False)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shared), 2, nn.LayerNorm(16))
+    ours = Encoder(small(pre_norm=pre_norm)), Decoder(small(pre_norm=pre_norm))
+    for our, torchs in zip(ours, (encoder, decoder)):
+        for p in torchs.parameters():
+            nn.init.normal_(p, std=0.5)
+        our.load_state_dict(torchs.state_dict())
+    x, pos, valid = torch.randn(2, 12, 16), torch.zeros(2, 12, 16), ragged(2, 12)
+    memory = encoder(x, src_key_padding_mask=~valid)
+    assert_close(ours[0](x, pos, valid, (3, 4))[valid], memory[valid], atol=1e-5, rtol=1e-5)
+    states = ours[1](torch.zeros(5, 16), memory, pos, valid)
+    for depth in (2, 1):                                             # each layer's output is normed
+        decoder.layers = decoder.layers[:depth]
+        expected = decoder(torch.zeros(2, 5, 16), memory, memory_key_padding_mask=~valid)
+        assert_close(states[depth - 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dilated_resnet_is_the_strided_one_on_a_finer_grid():
+    torch.manual_seed(0)
+    strided, dilated = ResNet(ModelConfig()), ResNet(ModelConfig(dilation=True))
+    dilated.load_state_dict(strided.state_dict())
+    x = torch.randn(1, 3, 97, 70)
+    with torch.no_grad():
+        coarse, fine = strided(x), dilated(x)
+    assert (strided.stride, dilated.stride) == (32, 16)
+    assert coarse.shape == (1, 2048, 4, 3) and fine.shape == (1, 2048, 7, 5)
+    assert_close(fine[:, :, ::2, ::2], coarse, atol=1e-4, rtol=1e-4)
+
+
+def test_sine_positions_are_the_formula():
+    h, w, C = 2, 3, 16                                               # the image, in a 4 x 5 grid
+    valid = torch.zeros(1, 4, 5, dtype=torch.bool)
+    valid[0, :h, :w] = True
+    pos = SinePosition(small())(valid).view(4, 5, C)
+    for y, x, c in itertools.product(range(h), range(w), range(C)):
+        share, i = ((y + 1) / h, c) if c < C // 2 else ((x + 1) / w, c - C // 2)
+        angle = 2 * math.pi * share / 10000 ** (2 * (i // 2) / (C // 2))
+        expected = math.cos(angle) if i % 2 else math.sin(angle)
+        assert pos[y, x, c].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_learned_positions_are_column_then_row_and_end_at_50():
+    position = LearnedPosition(small())
+    pos = position(torch.ones(2, 4, 5, dtype=torch.bool)).view(2, 4, 5, 16)
+    column, row = position.col_embed.weight[3], position.row_embed.weight[2]
+    assert torch.equal(pos[1, 2, 3], torch.cat([column, row]))
+    with pytest.raises(ValueError, match="2 x 51"):
+        position(torch.ones(1, 2, 51, dtype=torch.bool))
+
+
+# -- model.py: mixers ----------------------------------------------------------------------------
+
+def mixer_case(name, grid=(3, 5)):
+    """A mixer with random parameters, tokens and positions of two images, and a ragged valid."""
+    torch.manual_seed(0)
+    mixer, N = MIXERS[name](small()), grid[0] * grid[1]
+    for p in mixer.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    return mixer, torch.randn(2, N, 16), torch.randn(2, N, 16), ragged(2, N)
+
+
+def embed(x, grid, fill):
+    """Tokens of `grid` in the upper left of a 6 x 8 grid, `fill` elsewhere; and valid."""
+    y, valid = torch.full((len(x), 6, 8, 16), fill), torch.zeros(len(x), 6, 8, dtype=torch.bool)
+    y[:, :grid[0], :grid[1]], valid[:, :grid[0], :grid[1]] = x.view(len(x), *grid, 16), True
+    return y.flatten(1, 2), valid.flatten(1)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (1, 1), (1, 7), (5, 2)])
+@pytest.mark.parametrize("name", MIXERS)
+def test_padding_reaches_no_valid_token(name, grid):
+    mixer, x, pos, _ = mixer_case(name, grid)
+    encoders = [Encoder(small(mixer=name, pre_norm=pre_norm)) for pre_norm in (False, True)]
+    (wide, valid), (wide_pos, _) = embed(x, grid, 1e3), embed(pos, grid, -9.0)
+    for part in (mixer, *encoders):
+        alone = part(x, pos, None, grid)
+        assert_close(part(x, pos, torch.ones(x.shape[:2], dtype=torch.bool), grid), alone)
+        embedded = part(wide, wide_pos, valid, (6, 8))[valid].view(x.shape)
+        assert_close(embedded, alone, atol=1e-4, rtol=1e-4)
+
+
+PLACES = list(itertools.product(range(3), range(5)))                 # (row, column) of tokens 0..14
+
+
+def neighbours(n, valid):
+    """Offsets and numbers of the valid tokens in the 3 x 3 window around token n."""
+    around = ((p - PLACES[n][0], q - PLACES[n][1], m) for m, (p, q) in enumerate(PLACES))
+    return [(i, j, m) for i, j, m in around if max(abs(i), abs(j)) <= 1 and valid[m]]
+
+
+def test_pool_is_the_mean_of_the_valid_neighbours_minus_the_token():
+    mixer, x, _, valid = mixer_case("pool")
+    y = mixer(x, None, valid, (3, 5))
+    for b, n in valid.nonzero().tolist():
+        near = [x[b, m] for _, _, m in neighbours(n, valid[b])]
+        assert_close(y[b, n], sum(near) / len(near) - x[b, n])
+
+
+def test_conv_is_a_weighted_sum_of_the_valid_neighbours():
+    mixer, x, _, valid = mixer_case("conv")
+    y, weight = mixer(x, None, valid, (3, 5)), mixer.conv.weight     # (C, 1, 3, 3)
+    for b, n in valid.nonzero().tolist():
+        near = [weight[:, 0, 1 + i, 1 + j] * x[b, m] for i, j, m in neighbours(n, valid[b])]
+        assert_close(y[b, n], sum(near) + mixer.conv.bias, atol=1e-5, rtol=1e-5)
+
+
+def test_mlp_is_two_sums_with_the_upper_left_of_its_weights():
+    mixer, x, _, valid = mixer_case("mlp")
+    y = mixer(x, None, valid, (3, 5))
+    for b, c in ((0, 0), (1, 3)):
+        hidden = mixer.b1 + sum(mixer.w1[:, i, j] * x[b, n, c]
+                                for n, (i, j) in enumerate(PLACES) if valid[b, n])
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))                    # GELU
+        expected = [mixer.b2[i, j] + (mixer.w2[:, i, j] * hidden).sum() for i, j in PLACES]
+        assert_close(y[b, :, c], torch.stack(expected))
+
+
+def test_random_is_a_fixed_mean_renormalised_over_the_valid_tokens():
+    mixer, x, _, valid = mixer_case("random")
+    assert not mixer.weight.requires_grad and (mixer.weight > 0).all()
+    assert_close(mixer.weight.sum((2, 3)), torch.ones(6, 8))
+    y = mixer(x, None, valid, (3, 5))
+    for b, n in ((0, 0), (1, 7)):
+        w = torch.stack([mixer.weight[PLACES[n]][place] for place in PLACES]) * valid[b]
+        assert_close(y[b, n], (w[:, None] * x[b]).sum(0) / w.sum())
+
+
+@pytest.mark.parametrize("name", ["mlp", "random"])
+def test_a_grid_beyond_the_largest_is_an_error_that_says_what_to_raise(name):
+    with pytest.raises(ValueError, match=f"{name} mixer.* 6 x 8 tok.* has 3 x 9.*--grid_rows"):
+        MIXERS[name](small())(torch.zeros(1, 27, 16), None, None, (3, 9))
+
+
+def tiny_batch():
+    """Two images of 40 x 56 pixels, the second one padded, with one object each."""
+    torch.manual_seed(0)
+    valid = torch.ones(2, 40, 56, dtype=torch.bool)
+    valid[1, 30:], valid[1, :, 33:] = False, False
+    targets = [{"labels": torch.tensor([k]), "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2 + k / 5]])}
+               for k in (0, 2)]
+    return torch.randint(256, (2, 3, 40, 56), dtype=torch.uint8), valid, targets
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_trained_parameter_gets_a_gradient_with_every_mixer(name, pre_norm):
+    images, valid, targets = tiny_batch()
+    model = build_model("detr_tiny", mixer=name, pre_norm=pre_norm)
+    set_loss(*model(images, valid), targets)["loss"].backward()
+    for key, p in model.named_parameters():
+        if name == "random" and key.endswith("self_attn.weight"):
+            assert not p.requires_grad and p.grad is None
+            continue
+        assert p.requires_grad and p.grad is not None and p.grad.isfinite().all(), key
+        # what the first decoder layer mixes is all zero
+        assert p.grad.any() or key.startswith("transformer.decoder.layers.0."), key
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_autocast_gives_float32_close_to_the_exact(name):
+    images, valid, targets = tiny_batch()
+    model = build_model("detr_tiny", mixer=name).eval()
+    exact = model(images, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images, valid)
+        set_loss(*rounded, targets)["loss"].backward()
+    for a, b in zip(exact, rounded):
+        assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("encoder, decoder", [("pool", ""), ("", "mlp"), ("conv", "random")])
+def test_encoder_and_decoder_can_have_mixers_of_their_own(encoder, decoder):
+    net = build_model("detr_tiny", encoder_mixer=encoder, decoder_mixer=decoder).transformer
+    for part, name in ((net.encoder, encoder), (net.decoder, decoder)):
+        assert {type(layer.self_attn) for layer in part.layers} == {MIXERS[name or "attention"]}
+
+
+# -- model.py: config and weights ----------------------------------------------------------------
+
+@pytest.mark.parametrize("options, message", [
+    (dict(mixer="magic"), "--mixer magic is unknown.*attention.*pool"),
+    (dict(encoder_mixer="magic"), "--encoder_mixer magic"),
+    (dict(decoder_mixer="magic"), "--decoder_mixer magic"),
+    (dict(backbone="vgg"), "--backbone vgg"), (dict(backbone_norm="odd"), "--backbone_norm odd"),
+    (dict(position_embedding="rope"), "--position_embedding rope"),
+    (dict(nheads=7), "256 must be a multiple of --nheads 7"),
+    (dict(hidden_dim=258, nheads=2), "258.* of 4"),
+    (dict(pool_size=4), "--pool_size 4 must be odd"),
+    (dict(dec_layers=0), "--dec_layers 0 must be at least 1"),
+    (dict(num_queries=0), "--num_queries 0 must be at least 1")])
+def test_impossible_configs_are_errors_that_name_the_flag(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model("detr_r50", **options)
+
+
+def tiny(seed, **options):
+    torch.manual_seed(seed)
+    return build_model("detr_tiny", **options)
+
+
+def copied(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def differing(a, b):
+    """Names of the tensors in which two state dicts differ."""
+    same = {k for k in a.keys() & b.keys() if torch.equal(a[k], b[k])}
+    return (a.keys() | b.keys()) - same
+
+
+def test_official_checkpoint_files_load_with_their_args_inside(tmp_path):
+    source, model = tiny(1).state_dict(), tiny(2)
+    assert differing(source, model.state_dict())
+    path, args = tmp_path / "official.pth", argparse.Namespace(lr=1e-4, lr_drop=200)
+    torch.save({"model": source, "epoch": 3, "args": args}, path)
+    assert load_weights(model, path) == []
+    assert not differing(source, model.state_dict())
+
+
+@pytest.mark.parametrize("strict, faults", [(True, 4), (False, 2)])
+def test_weights_that_do_not_fit_are_all_named_and_nothing_is_changed(strict, faults):
+    source, model = tiny(1, num_classes=5).state_dict(), tiny(2)
+    source["extra.weight"] = source.pop("bbox_embed.layers.0.bias")
+    before = copied(model)
+    with pytest.raises(ValueError, match=rf"{faults} tensor\(s\) differ") as error:
+        load_weights(model, source, strict)
+    assert "\nextra.weight (96,): not in the model" in str(error.value)
+    assert "\nbbox_embed.layers.0.bias (96,): not in the file" in str(error.value)
+    assert ("\nclass_embed.weight: (6, 96) in the file, (4, 96)" in str(error.value)) == strict
+    assert not differing(before, model.state_dict())
+
+
+@pytest.mark.parametrize("change, left", [
+    (dict(num_classes=5), {"class_embed.weight", "class_embed.bias"}),
+    (dict(mixer="pool"), {f"transformer.{part}.layers.{k}.self_attn.{leaf}"
+                          for part, L in (("encoder", 2), ("decoder", 3)) for k in range(L)
+                          for leaf in ("in_proj_weight", "in_proj_bias", "out_proj.weight",
+                                       "out_proj.bias")})])
+def test_fine_tuning_keeps_all_but_class_head_and_mixers_and_names_them(change, left):
+    source, model = tiny(1, **change).state_dict(), tiny(2)
+    before = copied(model)
+    with pytest.raises(ValueError, match=f"{len(left)} tensor"):
+        load_weights(model, source)
+    report = load_weights(model, {"model": source}, strict=False)
+    assert {re.split("[: ]", line)[0] for line in report} == left
+    assert differing(source, model.state_dict()) == left             # all else is taken
+    assert not left & differing(before, model.state_dict())          # these are as initialised
+
+
+def test_torchvision_resnet_files_go_into_the_backbone(tmp_path):
+    cfg = dict(backbone="resnet18", enc_layers=1, dec_layers=1)
+    source = ResNet(ModelConfig(backbone_norm="batch", **cfg)).state_dict()
+    assert source["layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+    assert source["layer2.0.downsample.1.running_var"].shape == (128,)
+    source = {**source, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(source, tmp_path / "resnet18.pth")
+    model = build_model(ModelConfig(**cfg))
+    report = load_backbone(model, str(tmp_path / "resnet18.pth"))
+    assert [line for line in report if "num_batches_tracked" not in line] == [
+        f"fc.{k} {shape}: not in the model, left out" for k, shape in (("bias", (1000,)),
+                                                                     ("weight", (1000, 512)))]
+    body = model.backbone[0].body.state_dict()
+    assert len(body) == 100 and not differing(body, {k: source[k] for k in body})
+
+
+def test_damaged_missing_and_dangerous_files_are_errors_that_name_them(tmp_path):
+    model = tiny(0)
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:100_000])
+    (tmp_path / "text.pt").write_text("404: not found")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"model": {}, "run_me": print}, tmp_path / "code.pt")
+    for name in ("cut", "text", "empty", "code"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint, or a damaged one"):
+            load_weights(model, tmp_path / f"{name}.pt")
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        load_weights(model, tmp_path / "none.pt")
+
+
+# -- matcher.py and losses.py --------------------------------------------------------------------
+
+def pair_cost(logits, box, label, target):
+    """Eq. 1 of the paper for one query and one object, in Python floats."""
+    e, inner, hull = [math.exp(v) for v in logits], 1.0, 1.0
+    for d in (0, 1):
+        (a0, a1), (b0, b1) = ((c[d] - c[d + 2] / 2, c[d] + c[d + 2] / 2) for c in (box, target))
+        inner *= max(0.0, min(a1, b1) - max(a0, b0))
+        hull *= max(a1, b1) - min(a0, b0)
+    union = box[2] * box[3] + target[2] * target[3] - inner
+    giou = inner / union - (hull - union) / hull
+    return -e[label] / sum(e) + 5 * sum(abs(p - q) for p, q in zip(box, target)) - 2 * giou
+
+
+def test_matching_is_the_cheapest_of_all_assignments():
+    logits, boxes, targets = named_problem("small", 2, 5, 3, [3, 0, 2, 5])
+    for layer, pairs in enumerate(match(logits, boxes, targets)):
+        assert [len(query) for query, _ in pairs] == [3, 0, 2, 5]
+        for b, (query, target) in enumerate(pairs):
+            given = list(zip(logits[layer, b].tolist(), boxes[layer, b].tolist()))
+            objects = list(zip(targets[b]["labels"].tolist(), targets[b]["boxes"].tolist()))
+            cost = [[pair_cost(*q, *t) for t in objects] for q in given]
+            best = min(itertools.permutations(range(5), len(objects)),
+                       key=lambda queries: sum(cost[q][t] for t, q in enumerate(queries)))
+            assert query[target.argsort()].tolist() == list(best)
+            assert query.dtype == target.dtype == torch.int64 and query.tolist() == sorted(query)
+
+
+# layers, queries, classes, objects; total, class_error and the losses by layer, the last one last;
+# norms of the gradients at logits and boxes
+OFFICIAL_LOSSES = {
+    "mixed": (6, 100, 91, [7, 0, 1, 20], 52.0473938, 100.0, {
+        "loss_ce": [6.2181201, 6.7444234, 6.3369417, 6.2564840, 6.4125805, 6.0135074],
+        "loss_bbox": [0.20876512, 0.20550956, 0.19447757, 0.18700573, 0.19417153, 0.21649590],
+        "loss_giou": [0.63093978, 0.66197455, 0.69710904, 0.64517730, 0.65727854, 0.72412366],
+        "cardinality_error": [91.0, 92.75, 92.0, 91.5, 91.5, 91.0]}, 0.22407647, 9.6017875),
+    "every_image_empty": (6, 100, 91, [0, 0], 38.4085999, 100.0, {
+        "loss_ce": [6.1986804, 6.5927362, 6.4614964, 6.3250813, 6.3395095, 6.4910951],
+        "loss_bbox": [0.0] * 6, "loss_giou": [0.0] * 6,
+        "cardinality_error": [98.5, 99.0, 99.0, 100.0, 99.0, 99.5]}, 0.18260910, 0.0),
+    "more_targets_than_queries": (2, 10, 5, [12, 3, 10], 13.9405041, 95.6521759, {
+        "loss_ce": [3.0877538, 3.1153972], "loss_bbox": [0.36490524, 0.38804078],
+        "loss_giou": [0.96776032, 1.0185518],
+        "cardinality_error": [3.6666667, 3.6666667]}, 0.30906239, 4.5033445),
+    "crowded": (1, 100, 91, [63], 8.5059042, 95.2380981, {
+        "loss_ce": [5.9452696], "loss_bbox": [0.22445196], "loss_giou": [0.71918728],
+        "cardinality_error": [37.0]}, 0.12500940, 2.4851995)}
+
+
+@pytest.mark.parametrize("case", OFFICIAL_LOSSES)
+def test_losses_and_gradients_are_the_official_ones(case):
+    *sizes, total, class_error, official, logits_norm, boxes_norm = OFFICIAL_LOSSES[case]
+    logits, boxes, targets = named_problem(case, *sizes)
+    losses = set_loss(logits, boxes, targets)
+    expected = {"loss": total, "class_error": class_error}
+    for name, values in official.items():
+        expected.update({f"{name}_{i}": v for i, v in enumerate(values[:-1])}, **{name: values[-1]})
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-5)
+    losses["loss"].backward()
+    assert logits.grad.norm().item() == pytest.approx(logits_norm, rel=1e-4)
+    assert boxes.grad.norm().item() == pytest.approx(boxes_norm, rel=1e-4)
+    if case == "crowded":                                            # queries 3 to 6; 0 and 10
+        assert_close(boxes.grad[0, 0, 3:7], torch.tensor(
+            [[-0.0793651, -0.1350129, 0.0954880, -0.1091914],
+             [0.2150624, 0.0793651, 0.0508686, -0.1522033], [0, 0, 0, 0],
+             [-0.0793651, -0.1998791, 0.1363819, -0.0883024]]), atol=1e-6, rtol=1e-4)
+        assert_close(logits.grad[0, 0, 0:20:10, :4], torch.tensor(
+            [[7.2779469e-05, 1.3169844e-06, 4.5935763e-06, 8.3898531e-06],
+             [1.2624971e-04, 4.1912231e-06, 1.8279847e-04, 2.0977062e-05]]), atol=1e-9, rtol=1e-4)
+
+
+def test_without_aux_loss_only_the_last_layer_counts():
+    *sizes, _, class_error, official, _, _ = OFFICIAL_LOSSES["mixed"]
+    losses = set_loss(*named_problem("mixed", *sizes), LossConfig(aux_loss=False))
+    expected = {name: values[-1] for name, values in official.items()}
+    total = expected["loss_ce"] + 5 * expected["loss_bbox"] + 2 * expected["loss_giou"]
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        {**expected, "loss": total, "class_error": class_error}, rel=1e-5)
+
+
+def test_matching_gives_the_official_indices_also_with_more_objects_than_queries():
+    case, every = "more_targets_than_queries", list(range(10))
+    pairs = match(*named_problem(case, *OFFICIAL_LOSSES[case][:4]))
+    assert [[(q.tolist(), t.tolist()) for q, t in layer] for layer in pairs] == [
+        [(every, [9, 7, 8, 10, 4, 2, 5, 6, 3, 1]), ([5, 7, 8], [1, 0, 2]),
+         (every, [7, 3, 5, 1, 2, 6, 4, 0, 8, 9])],
+        [(every, [9, 7, 8, 3, 0, 11, 10, 6, 2, 1]), ([2, 4, 5], [2, 0, 1]),
+         (every, [0, 2, 7, 5, 3, 1, 8, 4, 6, 9])]]
+
+
+@pytest.mark.parametrize("case", ["mixed", "more_targets_than_queries"])
+def test_parts_of_a_step_with_its_counts_add_up_to_the_whole(case):
+    L, Q, K, counts, total, *_ = OFFICIAL_LOSSES[case]
+    whole_logits, whole_boxes, targets = named_problem(case, L, Q, K, counts)
+    set_loss(whole_logits, whole_boxes, targets)["loss"].backward()
+    logits, boxes, _ = named_problem(case, L, Q, K, counts)
+    step = loss_counts(targets[:1], Q) + loss_counts(targets[1:], Q)
+    parts = [set_loss(logits[:, part], boxes[:, part], targets[part], counts=step)["loss"]
+             for part in (slice(None, 1), slice(1, None))]
+    sum(parts).backward()
+    assert sum(parts).item() == pytest.approx(total, rel=1e-5)
+    assert_close(logits.grad, whole_logits.grad)
+    assert_close(boxes.grad, whole_boxes.grad)
+
+
+def test_losses_and_matching_are_float32_under_autocast_and_from_bfloat16():
+    L, Q, K, counts, total, *_ = OFFICIAL_LOSSES["crowded"]
+    logits, boxes, targets = named_problem("crowded", L, Q, K, counts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert set_loss(logits, boxes, targets)["loss"].item() == pytest.approx(total, rel=1e-5)
+    rounded = logits.bfloat16(), boxes.bfloat16()
+    exact = [t.float() for t in rounded]
+    for a, b in zip(set_loss(*rounded, targets).values(), set_loss(*exact, targets).values()):
+        assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=1e-6)
+    assert_close(match(*rounded, targets), match(*exact, targets))
+
+
+@pytest.mark.parametrize("where", [0, 1], ids=["logits", "boxes"])
+def test_nan_in_the_predictions_is_an_error_that_names_layer_and_image(where):
+    problem = named_problem("small", 3, 5, 3, [2, 1])
+    problem[where].data[2, 1, 4, 0] = math.nan
+    with pytest.raises(ValueError, match="layer 2, image 1.*NaN"):
+        set_loss(*problem)
+
+
+# -- the evaluator -------------------------------------------------------------------------------
+
+BOX = (10, 10, 50, 50)
+NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def ann(box=BOX, image_id=1, category_id=1, **more):
+    return dict(image_id=image_id, category_id=category_id, bbox=list(box), **more)
+
+
+def det(score, box=BOX, image_id=1, category_id=1):
+    return dict(image_id=image_id, category_id=category_id, bbox=list(box), score=score)
+
+
+def instances(*anns):
+    return dict(images=[dict(id=2), dict(id=1)], annotations=list(anns),
+                categories=[dict(id=2, name="dog"), dict(id=1, name="cat")])
+
+
+def check(anns, dets, **expected):
+    stats = dict(zip(NAMES, coco_eval(instances(*anns), dets)["stats"]))
+    for name, value in expected.items():
+        assert stats[name] == pytest.approx(value, abs=1e-9), name
+
+
+def random_case(rng):
+    """COCO dicts full of ties, crowds, empty cells, absent classes and odd sizes; D >= 1."""
+    crowded = rng.random() < 0.15                               # over 100 detections in a cell
+    num_images, num_classes = (1, 1) if crowded else rng.integers(1, 5, 2)
+    G, D = rng.integers(0, 40), rng.integers(120, 260) if crowded else rng.integers(1, 120)
+    images, classes = rng.permutation(99)[:num_images], rng.permutation(99)[:num_classes]
+    xy, wh = rng.integers(0, 5, (G, 2)) * 5, rng.choice([0, 20, 30, 32, 96, 200], (G, 1))
+    boxes = np.concatenate([xy, wh, wh], axis=1) + rng.choice([0, 0, 0, 0.3], (G, 1))
+    areas = boxes[:, 2] * boxes[:, 3] * rng.choice([1, 1, 0.7, 0], G)
+    areas = np.where(rng.random(G) < 0.1, rng.choice([1024, 9216, 1e10, 2e10], G), areas)
+    anns = [dict(id=i + 1, image_id=int(rng.choice(images)), category_id=int(rng.choice(classes)),
+                 bbox=boxes[i].tolist(), area=float(areas[i]), iscrowd=int(rng.random() < 0.15))
+            for i in range(G)]
+    dets = []
+    for score in rng.integers(0, 12, D) / 12 if rng.random() < 0.7 else rng.random(D):
+        a = anns[rng.integers(G)] if G and rng.random() < 0.8 else ann((0, 0, 20, 20), -1)
+        jitter = rng.choice([0, 5, 2.5], 4) * rng.choice([0, 0, 1, -1], 4)
+        box = np.maximum(a["bbox"] + jitter, 0).tolist()
+        place = a["image_id"], a["category_id"]
+        if place[0] < 0 or rng.random() < 0.1:
+            place = int(rng.choice(images)), int(rng.choice(classes))
+        dets.append(det(float(score), box, *place))
+    return dict(images=[dict(id=int(i)) for i in images], annotations=anns,
+                categories=[dict(id=int(i), name=str(i)) for i in classes]), dets
+
+
+def reference(gt, dets):
+    """Arrays, stats and printed lines of pycocotools."""
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = copy.deepcopy(gt)
+        truth.createIndex()
+        run = cocoeval.COCOeval(truth, truth.loadRes(copy.deepcopy(dets)), "bbox")
+        run.evaluate()
+        run.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()) as lines:
+        run.summarize()
+    return dict(run.eval, stats=run.stats), lines.getvalue()
+
+
+def assert_same(gt, dets):
+    ours, (theirs, lines) = coco_eval(gt, dets), reference(gt, dets)
+    for name in ("precision", "recall", "scores", "stats"):
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert summary(ours) == lines.rstrip("\n")
+
+
+def test_equal_to_pycocotools_in_every_bit():
+    for seed in range(60):
+        assert_same(*random_case(np.random.default_rng(seed)))
+
+
+def test_columns_may_list_the_images_in_any_order():
+    rng = np.random.default_rng(0)
+    image, category, x = rng.integers(0, 3, (3, 60))
+    box = np.stack([x * 2, x, x + 9, x + 9], axis=1).astype(np.float64)
+    gt = dict(image=image, category=category, box=box, area=box[:, 2] * box[:, 3], crowd=x < 0)
+    dt = dict(image=image, category=category, box=box[::-1], score=x / 4)
+    shuffled = {name: column[np.argsort(-image, kind="stable")] for name, column in dt.items()}
+    a, b = evaluate_columns(gt, dt, 3), evaluate_columns(gt, shuffled, 3)
+    assert 0 < a["stats"][0] < 1 and a["num_gt"][:, 0].sum() == 60
+    np.testing.assert_array_equal(a["precision"], b["precision"])
+
+
+def test_worked_example_of_the_docstring():
+    check([ann((0, 0, 100, 100)), ann((200, 0, 100, 100))],
+          [det(0.9, (0, 0, 100, 80)), det(0.8, (0, 0, 100, 60)), det(0.7, (200, 0, 100, 70))],
+          AP50=(51 + 50 * 2 / 3) / 101, AP75=51 / 101, AR1=0.35, AR100=0.6)
+
+
+def test_perfect_wrong_and_absent():
+    check([ann()], [det(0.9)], AP=1, APs=-1, APm=1, AR1=1)
+    check([ann(id=0)], [det(0.9)], AP=1)                        # an id of 0 counts
+    check([ann()], [], AP=0, AR100=0, APl=-1)
+    check([], [det(0.9)], AP=-1, AR100=-1)
+    check([ann(), ann(category_id=2)], [det(0.9)], AP=0.5)
+    check([ann()], [det(0.9, category_id=2), det(0.8)], AP=1)   # no ground truth: not judged
+    check([ann()], [det(0.9), det(0.9)], AP=1, AR1=1)           # wrong only beyond full recall
+    check([ann((10, 10, 0, 0))], [det(0.9, (10, 10, 0, 0))], AP=0, APs=0)
+
+
+def test_equal_scores_keep_image_then_list_order():
+    miss = (70, 70, 20, 20)
+    check([ann()], [det(0.5, miss), det(0.5)], AP=0.5, AR1=0, AR10=1)
+    check([ann()], [det(0.5), det(0.5, miss)], AP=1, AR1=1)
+    check([ann(image_id=2)], [det(0.5, image_id=2), det(0.5, miss)], AP=0.5)
+    check([ann()], [det(0.5, miss, 2), det(0.5)], AP=1)
+
+
+def test_iou_equal_to_the_threshold_is_a_match():
+    check([ann((0, 0, 10, 10))], [det(0.9, (0, 0, 10, 5))], AP=0.1, AP50=1, AP75=0)
+
+
+def test_crowd_absorbs_any_number_but_yields_to_a_regular_box():
+    crowd = ann((60, 60, 40, 40), iscrowd=1)
+    inside = [det(0.95, (60, 60, 10, 10)), det(0.94, (70, 70, 10, 10)), det(0.93, (80, 80, 10, 10))]
+    check([ann(), crowd], [*inside, det(0.9)], AP=1, AR1=0, AR10=1)
+    check([ann(), ann(iscrowd=1)], [det(0.9, (10, 10, 50, 40))], AP=0.7, AP50=1)
+    check([ann(iscrowd=1)], [det(0.9)], AP=-1)
+
+
+def test_area_ranges_share_their_borders_and_set_aside_the_rest():
+    check([ann(area=1024)], [det(0.9)], AP=1, APs=1, APm=1, APl=-1)
+    check([ann(area=2e10)], [det(0.9)], AP=-1)                  # beyond every range
+    check([ann((0, 0, 100, 100))], [det(0.9, (200, 200, 10, 10)), det(0.8, (0, 0, 100, 100))],
+          AP=0.5, APl=1)                                        # a small miss does not hurt large
+    check([ann((0, 0, 20, 20)), ann((0, 30, 50, 50))],
+          [det(0.9, (0, 30, 50, 50)), det(0.8, (0, 0, 20, 20))], AP=1, APs=1, APm=1, AR1=0.5)
+
+
+def test_only_the_best_100_of_an_image_and_class_are_judged():
+    misses = [det(0.9, (70, 70, 20, 20)) for _ in range(100)]
+    check([ann()], [*misses, det(0.5)], AP=0)
+    check([ann()], [*misses[1:], det(0.5)], AP=0.01, AR10=0, AR100=1)
+    check([ann()], [*[dict(d, category_id=2) for d in misses], det(0.5)], AP=1)
+
+
+def test_of_equal_overlaps_the_later_ground_truth_is_taken():
+    left, middle, right = (0, 0, 20, 20), (2, 0, 20, 20), (4, 0, 20, 20)
+    dets = [det(0.9, middle), det(0.8, left)]                   # middle meets both at 0.82
+    check([ann(left), ann(right)], dets, AP75=1)
+    check([ann(right), ann(left)], dets, AP75=51 / 101)         # left is gone
+
+
+def test_ap_per_class_by_name_and_ids_of_strings(tmp_path):
+    gt = dict(images=[dict(id="a")], annotations=[ann(BOX, "a", "y"), ann(BOX, "unlisted", "y")],
+              categories=[dict(id="y", name="dog"), dict(id="x", name="cat")])
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    result = coco_eval(str(tmp_path / "gt.json"), [det(0.9, (10, 10, 50, 25), "a", "y")])
+    assert result["category_ids"] == ["x", "y"] and result["classes"] == ["cat", "dog"]
+    assert result["ap_per_class"] == pytest.approx(dict(cat=np.nan, dog=0.1), nan_ok=True)
+    assert result["ap50_per_class"] == pytest.approx(dict(cat=np.nan, dog=1), nan_ok=True)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(image_id="1"), ["image_id", "'1'", "str", "1 to 2", "int"]),
+    (dict(category_id=3), ["category_id", "3", "1 to 2"]),
+    (dict(score=float("nan")), ["detection 1", "'image_id': 1", "score", "nan"]),
+    (dict(score="0.5"), ["detection 1", "score", "'0.5'"]),
+    (dict(bbox=[0, 0, -5, 5]), ["detection 1", "bbox", "-5", "0 or more"]),
+    (dict(bbox=[0, 0, 5]), ["detection 1", "bbox", "[0, 0, 5]"])])
+def test_a_bad_detection_is_named(change, words):
+    with pytest.raises(ValueError) as error:
+        coco_eval(instances(ann()), [det(0.9), det(0.8) | change])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_other_wrong_input_is_refused(tmp_path):
+    for gt, dets, iou_type, error, words in [
+            (instances(), str(tmp_path / "nowhere.json"), "bbox", FileNotFoundError, "nowhere"),
+            (instances(), [], "segm", ValueError, "only 'bbox'"),
+            (instances(ann(), dict(image_id=1)), [], "bbox", ValueError, "annotation 1 .* bbox")]:
+        with pytest.raises(error, match=words):
+            coco_eval(gt, dets, iou_type)
+
+
+SMALL = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=2, dropout=0.0)
+TINY = """--model detr_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
+    --dec_layers 2 --backbone_norm batch --backbone_weights none --dropout 0.1 --image_size 32
+    --train_shapes 24 --val_shapes 5 --augment --batch_size 8 --eval_batch_size 2 --epochs 2
+    --schedule step --lr_drop 1 --warmup_steps 2 --lr 1e-3 --lr_backbone 1e-4 --weight_decay 1e-4
+    --clip_max_norm 0.1 --eval_every 1 --log_every 1 --num_workers 0 --device cpu --dtype float32
+    --seed 1""".split()
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace(tmp_path, monkeypatch):
+    """In an empty folder, so that no data/coco is found; train.py's signal handlers are undone."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*options):
+    """What train.py leaves with: 0, 130 (stopped), 2 (usage) or a message, which is code 1."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(option) for option in options])
+    return stop.value.code
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def stop_in(step):
+    """A train_step during which, when it is called for the step-th time, Ctrl-C is pressed."""
+    original, calls = train.train_step, []
+
+    def train_step(*args):
+        calls.append(0)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    return train_step
+
+
+def assert_identical(a, b):
+    """Equal nested dicts and lists, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (dict, list)):
+        assert type(a) is type(b) and len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_identical(a[key], b[key])
+    else:
+        assert a == b
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+class Recorder:
+    """In place of an optimizer: keeps the gradients."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        named = self.model.named_parameters()
+        self.grads = {k: p.grad.clone() for k, p in named if p.requires_grad}
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+def four_images(empty):
+    """Images of which the third is padded; with `empty` the last two, rank 1's, have no objects."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 32, 40), dtype=torch.uint8, generator=g)
+    valid = torch.ones(4, 32, 40, dtype=torch.bool)
+    valid[2, :, 24:] = valid[2, 16:] = False
+    targets = [dict(labels=torch.randint(3, (n,), generator=g),
+                    boxes=torch.rand(n, 4, generator=g) / 4 + 0.4)
+               for n in ((1, 3, 0, 0) if empty else (1, 3, 2, 0))]
+    return images, valid, targets
+
+
+def mixer_model(mixer):
+    torch.manual_seed(0)
+    return build_model("detr_tiny", **SMALL, mixer=mixer, backbone_norm="frozen")
+
+
+def parts_of(batch, *slices):
+    return [tuple(x[s] for x in batch) for s in slices]
+
+
+def gradients(model, parts, counts, wrapped=None):
+    """What train_step hands to the optimizer; without clipping."""
+    recorder, cfg = Recorder(model), train.TrainConfig(clip_max_norm=0.0)
+    train.train_step(wrapped or model, recorder, parts, counts, LossConfig(), cfg, "cpu",
+                     torch.float32)
+    return recorder.grads
+
+
+def whole_batch_gradients(mixer, empty):
+    model, (images, valid, targets) = mixer_model(mixer), four_images(empty)
+    set_loss(*model(images, valid), targets)["loss"].backward()
+    return {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close_gradients(got, expected):
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values()).item()
+    for name, g in expected.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-4, atol=1e-5 * scale,
+                                   msg=lambda m: f"{name}: {m}")
+
+
+def evaluated(rank=0, world=1):
+    """Detections and 12 numbers on 7 images; an untrained DETR's boxes lie around the middle."""
+    torch.manual_seed(0)
+    dataset = ShapesDataset("val", 7, 32)
+    dataset.boxes[:] = 8, 8, 16, 16
+    sampler = EvalSampler(dataset, 2, rank, world)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    model = build_model("detr_tiny", **SMALL, backbone_norm="frozen")
+    result = evaluate.evaluate(model, loader, "cpu")
+    return result["detections"], torch.tensor(result["stats"])
+
+
+def shared_buffers(rank):
+    """Frozen buffers before and after share_buffers; running means that were `rank` + 1."""
+    torch.manual_seed(0)
+    frozen = build_model("detr_tiny", backbone_norm="frozen")
+    ordinary = build_model("detr_tiny", backbone_norm="batch")
+    for buffer in frozen.buffers():
+        torch.nn.init.uniform_(buffer)
+    before = [buffer.clone() for buffer in frozen.buffers()]
+    ordinary.backbone[0].body.bn1.running_mean.fill_(rank + 1)
+    train.share_buffers(frozen), train.share_buffers(ordinary)
+    return before, list(frozen.buffers()), ordinary.backbone[0].body.bn1.running_mean
+
+
+FROZEN = [*TINY, "--backbone_norm", "frozen", "--dropout", "0"]  # equal for any split of a batch
+
+
+def rank_job(rank, world, ports, folder):
+    """What one process of `torchrun --nproc_per_node=world` does for the tests below."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0])
+    assert train.start_processes("cpu") == (rank, world, "cpu")
+    saved = {"evaluated": evaluated(rank, world), "buffers": shared_buffers(rank)}
+    for mixer in MIXERS if world == 2 else ():
+        for empty in (False, True):
+            model = mixer_model(mixer)
+            wrapped = DistributedDataParallel(model)              # no find_unused_parameters
+            parts = parts_of(four_images(empty), slice(2 * rank, 2 * rank + 2))
+            counts = train.sum_over_processes(loss_counts(parts[0][2], 12)) / world
+            gradients(model, parts, counts, wrapped)      # the second shows what was unused
+            saved[mixer, empty] = gradients(model, parts, counts, wrapped)
+    dist.destroy_process_group()
+    if world == 2:
+        os.environ["MASTER_PORT"] = ports[1]
+        saved["code"] = run(*FROZEN, "--output_dir", "whole")
+    torch.save(saved, f"{world}_{rank}.pt")
+    original = train.train_step
+    for step in (1, 2, 3) if world == 2 else ():                  # of 3 steps per epoch
+        if rank == 0:
+            train.train_step = stop_in(step)
+        os.environ["MASTER_PORT"] = ports[1 + step]
+        saved["stopped", step] = attempt(*FROZEN, "--output_dir", f"stopped{step}")
+        train.train_step = original
+        torch.save(saved, f"{world}_{rank}.pt")
+
+
+def attempt(*options):
+    try:
+        return run(*options)
+    except Exception as error:                                    # the other rank waits: go on
+        return repr(error)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What rank_job saved, by (world, rank), and the folder. A job that hangs is ended."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for world in (2, 3):
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+        ports = [str(s.getsockname()[1]) for s in free]
+        [s.close() for s in free]
+        job = mp.spawn(rank_job, (world, ports, str(folder)), nprocs=world, join=False)
+        end = time.time() + 40
+        while not job.join(timeout=1):
+            if time.time() > end:
+                [process.kill() for process in job.processes]
+                break
+    names = [(world, rank) for world in (2, 3) for rank in range(world)]
+    files = {(w, r): torch.load(folder / f"{w}_{r}.pt", weights_only=False) for w, r in names}
+    return files, folder
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_two_ranks_give_the_gradients_of_the_whole_batch(ranks, mixer):
+    for empty in (False, True):                                   # True: rank 1 has no objects
+        expected = whole_batch_gradients(mixer, empty)
+        for rank in (0, 1):
+            assert_close_gradients(ranks[0][2, rank][mixer, empty], expected)
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch():
+    for empty in (False, True):
+        parts = parts_of(four_images(empty), slice(0, 2), slice(2, 4))
+        counts = sum(loss_counts(targets, 12) for *_, targets in parts)
+        got = gradients(mixer_model("attention"), parts, counts)
+        assert_close_gradients(got, whole_batch_gradients("attention", empty))
+
+
+def test_detections_and_ap_are_the_same_at_1_2_and_3_ranks(ranks):
+    detections, stats = evaluated()
+    assert detections.shape == (7 * 12, 7) and 0 < stats[0] < 1
+    assert detections[:, 0].tolist() == sorted(list(range(7)) * 12)            # every image once
+    for saved in ranks[0].values():
+        assert torch.equal(saved["evaluated"][0], detections)
+        assert torch.equal(saved["evaluated"][1], stats)
+
+
+def test_running_statistics_are_those_of_rank_0_in_the_end(ranks):
+    for (world, _), saved in ranks[0].items():
+        before, after, running = saved["buffers"]
+        assert all(map(torch.equal, before, after)), world        # not even rounded
+        torch.testing.assert_close(running, torch.ones_like(running))
+
+
+def test_two_ranks_train_as_one_does(ranks, tmp_path):
+    assert run(*FROZEN, "--accumulate", 2, "--output_dir", tmp_path) == 0
+    assert [ranks[0][2, rank]["code"] for rank in (0, 1)] == [0, 0]
+    one, two = lines(tmp_path / "log.txt"), lines(ranks[1] / "whole/log.txt")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for key in ("train_loss", "train_loss_ce", "train_loss_bbox_0", "train_class_error"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-3), key
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])                       # 3: the last step of the epoch
+def test_ctrl_c_that_reaches_one_rank_stops_all_at_the_same_step(ranks, step):
+    codes = [ranks[0][2, rank].get(("stopped", step), "hangs") for rank in (0, 1)]
+    assert codes == [130, 130]
+    state = checkpoint(ranks[1] / f"stopped{step}/ckpt.pt")
+    assert 3 * state["epoch"] + state["step"] in (step, step + 1)
+
+
+# -- resuming and checkpoints --------------------------------------------------------------------
+
+def assert_same_run(a, b):
+    """Two finished runs of two epochs are equal: weights, optimizer, log."""
+    one, two = checkpoint(a / "ckpt.pt"), checkpoint(b / "ckpt.pt")
+    assert_identical(one["model"], two["model"])
+    assert_identical(one["optimizer"], two["optimizer"])
+    assert one["epoch"] == two["epoch"] == 2 and one["best_ap"] == two["best_ap"]
+    one, two = lines(a / "log.txt"), lines(b / "log.txt")
+    assert [r["epoch"] for r in one] == [r["epoch"] for r in two] == [0, 1]
+    for r, s in zip(one, two):
+        assert r["test_coco_eval_bbox"] == s["test_coco_eval_bbox"]
+        assert math.isclose(r["train_loss"], s["train_loss"], rel_tol=1e-9)
+
+
+def test_one_epoch_and_resume_equals_two_epochs_bit_for_bit(tmp_path):
+    assert run(*TINY, "--output_dir", tmp_path / "a") == 0
+    assert run(*TINY, "--epochs", 1, "--output_dir", tmp_path / "b") == 0
+    assert run(*TINY, "--resume", tmp_path / "b/ckpt.pt", "--output_dir", tmp_path / "b",
+               "--num_workers", 1) == 0                           # workers change nothing either
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_ctrl_c_and_the_same_command_again_equals_no_interruption(tmp_path, monkeypatch, capsys):
+    assert run(*TINY, "--output_dir", tmp_path / "a") == 0
+    for step in (2, 3, 4):                                        # 3 steps per epoch
+        out = tmp_path / f"b{step}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", stop_in(step))
+            # the step in progress is finished, and the next may be too
+            assert run(*TINY, "--output_dir", out) == 130
+        assert "same command" in capsys.readouterr().out
+        state = checkpoint(out / "ckpt.pt")
+        assert 0 <= 3 * state["epoch"] + state["step"] - step <= 1
+        assert run(*TINY, "--output_dir", out) == 0
+        assert_same_run(tmp_path / "a", out)
+
+
+def test_a_finished_run_trains_no_further(tmp_path, capsys):
+    run(*TINY, "--epochs", 1, "--output_dir", tmp_path)
+    before = checkpoint(tmp_path / "ckpt.pt")["model"]
+    assert run(*TINY, "--epochs", 1, "--output_dir", tmp_path) == 0
+    assert "finished" in capsys.readouterr().out and len(lines(tmp_path / "log.txt")) == 1
+    assert_identical(before, checkpoint(tmp_path / "ckpt.pt")["model"])
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-3])                    # backbone; 1e-3 as the rest
+def test_resume_uses_the_options_given_now(tmp_path, rate):
+    run(*TINY, "--lr_backbone", rate, "--epochs", 1, "--output_dir", tmp_path)
+    assert run(*TINY, "--resume", tmp_path / "ckpt.pt", "--output_dir", tmp_path, "--lr", 2e-3,
+               "--lr_backbone", 3e-4, "--weight_decay", 0.5, "--lr_drop", 5) == 0
+    assert lines(tmp_path / "steps.txt")[-1]["lr"] == 2e-3
+    groups = checkpoint(tmp_path / "ckpt.pt")["optimizer"]["param_groups"]
+    assert sorted(g["lr"] for g in groups) == [3e-4, 2e-3]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.5]
+
+
+def test_a_checkpoint_is_plain_data_and_enough_alone(tmp_path):
+    run(*TINY, "--output_dir", tmp_path)
+    for name, epoch in (("ckpt.pt", 2), ("ckpt_prev.pt", 1), ("best.pt", None)):
+        state = checkpoint(tmp_path / name)                       # weights_only: no code in it
+        assert state["classes"] == ["rectangle", "ellipse", "triangle"]
+        assert state["category_ids"] == [1, 2, 3]
+        assert epoch in (None, state["epoch"])
+        assert state["train_config"]["lr_drop"] == 1 and state["loss_config"]["eos_coef"] == 0.1
+        build_model(ModelConfig(**state["model_config"])).load_state_dict(state["model"])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_file_before_is_kept_and_a_failed_save_leaves_both(tmp_path, monkeypatch):
+    (tmp_path / "run.pt").mkdir()                                 # only the file's own name changes
+    path = str(tmp_path / "run.pt/ckpt.pt")
+    for epoch in (1, 2):
+        train.save_checkpoint(path, dict(epoch=epoch))
+    assert checkpoint(path) == {"epoch": 2}
+    assert checkpoint(tmp_path / "run.pt/ckpt_prev.pt") == {"epoch": 1}
+
+    def full_disk(state, file):
+        open(file, "wb").write(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train.save_checkpoint(path, dict(epoch=3))
+    assert checkpoint(path) == {"epoch": 2}
+    assert checkpoint(tmp_path / "run.pt/ckpt_prev.pt") == {"epoch": 1}
+
+
+def test_a_checkpoint_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
+    path, seen = str(tmp_path / "ckpt.pt"), []
+    train.save_checkpoint(path, dict(epoch=1))
+    replace = os.replace
+
+    def spy(source, target):
+        replace(source, target)
+        seen.append(os.path.exists(path))
+    monkeypatch.setattr(os, "replace", spy)
+    train.save_checkpoint(path, dict(epoch=2))
+    assert seen and all(seen)                                     # killed anywhere, it goes on
+
+
+def test_other_options_in_the_same_folder_are_an_error_with_both_ways_out(tmp_path):
+    run(*TINY, "--epochs", 1, "--output_dir", tmp_path)
+    message = run(*TINY, "--epochs", 1, "--lr", 0.5, "--output_dir", tmp_path)
+    assert "--lr 0.001 -> 0.5" in message and "--lr_backbone" not in message
+    assert "--output_dir" in message and f"--resume {tmp_path}/ckpt.pt" in message
+    message = run(*TINY, "--hidden_dim", 64, "--resume", tmp_path / "ckpt.pt", "--output_dir", "b")
+    assert "--hidden_dim 32 -> 64" in message and "--finetune" in message
+
+
+def test_resuming_from_something_else_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    for name, hint in (("notes.txt", "not a checkpoint"), ("weights.pth", "--finetune"),
+                       ("gone.pt", "not found")):
+        message = run(*TINY, "--resume", tmp_path / name)
+        assert message.startswith("error") and name in message and hint in message
+
+
+# -- learning rate -------------------------------------------------------------------------------
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    step = train.TrainConfig(schedule="step", lr_drop=2, warmup_steps=4, epochs=6)
+    factors = {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 19: 1.0, 20: 0.1, 39: 0.1, 40: 0.01}
+    for at, factor in factors.items():
+        assert math.isclose(train.lr_factor(step, at, 10), factor), at
+    cosine = train.TrainConfig(schedule="cosine", epochs=10)      # 100 steps
+    for at, factor in {0: 1.0, 25: 0.85355339, 50: 0.5, 75: 0.14644661, 100: 0.0}.items():
+        assert math.isclose(train.lr_factor(cosine, at, 10), factor, abs_tol=1e-8), at
+    warm = train.TrainConfig(schedule="cosine", epochs=10, warmup_steps=50)
+    assert math.isclose(train.lr_factor(warm, 24, 10), 0.5 * 0.86448431, rel_tol=1e-6)
+
+
+def test_the_learning_rates_of_a_run_are_those_of_the_schedule(tmp_path):
+    run(*TINY, "--output_dir", tmp_path)                          # 3 steps per epoch, 2 of warm-up
+    rates = [r["lr"] for r in lines(tmp_path / "steps.txt")]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
+
+
+def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
+    model = build_model("detr_tiny", **SMALL, backbone_norm="batch")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = train.build_optimizer(model, train.TrainConfig(lr=1e-3, lr_backbone=1e-5)).param_groups
+    assert sorted(g["lr"] for g in groups) == [1e-5, 1e-3]
+    for g in groups:
+        assert {names[id(p)].startswith("backbone.") for p in g["params"]} == {g["lr"] == 1e-5}
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    groups = train.build_optimizer(model, train.TrainConfig(lr=1e-3, lr_backbone=0.0)).param_groups
+    assert not any(names[id(p)].startswith("backbone.") for g in groups for p in g["params"])
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for p in model.transformer.parameters())
+
+
+# -- options -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, words", [
+    ("--learning_rate 1", ["--learning_rate"]),
+    ("--batch 4", ["--batch"]),                                   # no abbreviations
+    ("--lr fast", ["--lr", "fast"]),
+    ("--mixer pol", ["--mixer", "pol", "pool"]),
+    ("--data a --train_json b", ["--data", "--train_json"]),
+    ("--train_json a --train_images b", ["--val_json", "--val_images"]),
+    ("--finetune a --resume b", ["--finetune", "--resume"]),
+    ("--hidden_dim 30 --nheads 4", ["--hidden_dim 30", "--nheads"]),
+    ("--epochs 0", ["--epochs 0"]),
+    ("--lr nan", ["--lr nan"]),
+    ("--mixer mlp --grid_rows 2 --grid_cols 2", ["--grid_rows", "--grid_cols"]),
+])
+def test_a_wrong_option_is_a_usage_error_that_names_it(monkeypatch, capsys, options, words):
+    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("it trains"))
+    assert run(*options.split()) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "error" in message and all(word in message for word in words)
+
+
+def test_a_batch_that_cannot_be_split_is_an_error():
+    message = run(*TINY, "--accumulate", 3)
+    for word in ("error", "--batch_size 8", "--accumulate 3"):
+        assert word in message
+
+
+def test_an_explicit_flag_wins_over_the_preset():
+    given = dict(model="detr_r18", epochs=3, lr=0.5, lr_backbone=0.25, batch_size=2, image_size=40,
+                 max_size=48, augment=True, schedule="step", warmup_steps=7, dropout=0.3, overfit=4,
+                 backbone_norm="frozen", backbone_weights="none", clip_max_norm=9.0)
+    model_cfg, _, cfg = train.make_configs(given)
+    for name, value in given.items():
+        assert getattr(cfg, name, getattr(model_cfg, name, None)) == value, name
+    coco = vars(train.make_configs(dict(data="somewhere"))[2])
+    official = dict(lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4, epochs=300, lr_drop=200,
+                    clip_max_norm=0.1)
+    assert {name: coco[name] for name in official} == official
+
+
+def test_booleans_have_a_no_flag():
+    _, given = train.read_options(["--no-augment", "--pre_norm"], train.TrainConfig, ModelConfig)
+    assert given == dict(augment=False, pre_norm=True)            # and nothing that was not given
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+IDS = {7: "dog", 90: "owl", 3: "cat"}
+
+
+def coco_files(folder, split, n, names=IDS):
+    """Flags of n pictures, 40 x 32 pixels, the first one empty, and their annotations."""
+    images, annotations = [], []
+    (folder / f"{split}_pictures/sub").mkdir(parents=True)
+    for i in range(n):
+        record = dict(id=1000 - 7 * i, file_name=f"sub/{i}.png", height=32, width=40)
+        picture = Image.new("RGB", (40, 32), (90, 20 * i, 50))
+        for k, category in enumerate(names if i else ()):
+            x, y, w, h = box = [10 + k, 8 - k, 20 - i % 3, 16 + k]  # where an untrained DETR looks
+            ImageDraw.Draw(picture).rectangle([x, y, x + w, y + h], (250, 9 * k, 0))
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=record["id"], category_id=category, bbox=box,
+                area=w * h, iscrowd=int(k == 2 and i == 1)))
+        picture.save(folder / f"{split}_pictures" / record["file_name"])
+        images.append(record)
+    categories = [dict(id=id_, name=name) for id_, name in names.items()]
+    path, pictures = folder / f"{split}.json", folder / f"{split}_pictures"
+    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    return [f"--{split}_json", path, f"--{split}_images", pictures]
+
+
+def reference_stats(gt, dt):
+    """The 12 numbers by pycocotools."""
+    COCO = pytest.importorskip("pycocotools.coco").COCO
+    from pycocotools.cocoeval import COCOeval
+    truth = COCO(str(gt))
+    e = COCOeval(truth, truth.loadRes(str(dt)), "bbox")
+    e.evaluate(), e.accumulate(), e.summarize()
+    return e.stats
+
+
+def test_own_coco_files_train_and_evaluate_with_their_own_ids(tmp_path):
+    files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 5)
+    out = tmp_path / "out"
+    assert run(*TINY, *files, "--image_size", 64, "--max_size", 96, "--epochs", 1,
+               "--output_dir", out) == 0
+    assert {p.name for p in out.iterdir()} >= {"ckpt.pt", "best.pt", "log.txt", "steps.txt"}
+    for name in ("first_batch.jpg", "predictions.jpg"):
+        Image.open(out / name).load()
+    state, [log] = checkpoint(out / "ckpt.pt"), lines(out / "log.txt")
+    assert state["classes"] == ["cat", "dog", "owl"] and state["category_ids"] == [3, 7, 90]
+    terms = [f"loss_{k}{layer}" for k in ("ce", "bbox", "giou") for layer in ("", "_0")]
+    assert log.keys() >= {"train_lr", "train_loss", "train_class_error", "test_coco_eval_bbox",
+                          "train_cardinality_error_unscaled", *(f"train_{k}" for k in terms),
+                          *(f"train_{k}_unscaled" for k in terms), "epoch", "n_parameters"}
+    assert math.isclose(log["train_loss"], sum(log[f"train_{k}"] for k in terms), rel_tol=1e-5)
+    assert math.isclose(log["train_loss_bbox"], 5 * log["train_loss_bbox_unscaled"])
+    model = build_model(ModelConfig(**state["model_config"]))
+    assert log["epoch"] == 0 and log["n_parameters"] == sum(p.numel() for p in model.parameters())
+    stats = log["test_coco_eval_bbox"]
+    assert len(stats) == 12 and stats[0] > 0 and state["best_ap"] == stats[0]
+
+    (tmp_path / "elsewhere").mkdir()
+    gt, dt = tmp_path / "val.json", tmp_path / "dt.json"
+    command = [sys.executable, evaluate.__file__, out / "ckpt.pt", "--save_json", dt,
+               "--batch_size", "2", "--num_workers", "0", "--device", "cpu"]
+    shown = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    printed = [float(line.split(" = ")[1]) for line in shown.stdout.splitlines() if "] = " in line]
+    assert printed == [round(v, 3) for v in stats]
+    found = json.loads(dt.read_text())
+    assert {d["category_id"] for d in found} <= set(IDS)
+    assert {d["image_id"] for d in found} == {1000 - 7 * i for i in range(5)}
+    np.testing.assert_allclose(evaluate.coco_eval(gt, found)["stats"], stats, atol=1e-9)
+    np.testing.assert_allclose(reference_stats(gt, dt), stats, atol=1e-9)
+
+
+def test_overfit_trains_and_evaluates_on_the_first_images_with_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "OVERFIT_REPEATS", 4)
+    files = coco_files(tmp_path, "train", 7) + coco_files(tmp_path, "val", 2)
+    configs = train.TrainConfig, ModelConfig, LossConfig
+    for data, ids in (([], [1, 2, 3, 4]), (files, [958, 965, 972, 979])):       # the lowest ids
+        out = f"out{len(data)}"
+        options = [*TINY, *data, "--overfit", 4, "--no-augment", "--output_dir", out]
+        _, given = train.read_options(list(map(str, options)), *configs)
+        train_set, val_set = train.build_datasets(train.make_configs(given)[2])
+        assert val_set.image_ids.tolist() == ids and train_set.image_ids.tolist() == 4 * ids
+        for i in range(16):
+            (image, target), (expected, truth) = train_set[i], val_set[i % 4]
+            assert torch.equal(image, expected) and torch.equal(target["boxes"], truth["boxes"])
+        assert run(*options) == 0
+        assert len(lines(f"{out}/steps.txt")) == 2 * 16 // 8
+
+
+def test_evaluate_py_takes_the_same_images_as_overfit_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "OVERFIT_REPEATS", 4)
+    files = coco_files(tmp_path, "train", 7) + coco_files(tmp_path, "val", 2)
+    assert run(*TINY, *files, "--overfit", 4, "--no-augment", "--output_dir", "out") == 0
+    evaluate.main(["out/ckpt.pt", "--save_json", "dt.json", "--num_workers", "0"])
+    assert {d["image_id"] for d in json.load(open("dt.json"))} == {958, 965, 972, 979}
+
+
+def test_train_and_val_with_other_categories_are_an_error_that_lists_them(tmp_path):
+    files = coco_files(tmp_path, "train", 9)
+    others = {7: "dog", 3: "cat"}, {**IDS, 4: "elk"}, {7: "dog", 90: "owl", 3: "Cat"}
+    for k, names in enumerate(others):
+        (tmp_path / f"{k}").mkdir()
+        message = run(*TINY, *files, *coco_files(tmp_path / f"{k}", "val", 3, names))
+        assert message.startswith("error") and "val.json" in message
+        assert ["owl", "elk", "Cat"][k] in message
+
+
+def test_a_missing_data_folder_is_an_error_that_shows_the_layout(tmp_path):
+    (tmp_path / "half/annotations").mkdir(parents=True)
+    message = run("--data", tmp_path / "gone", "--backbone_weights", "none")
+    for word in ("gone", "annotations/instances_train2017.json", "train2017/", "val2017/",
+                 "--train_json"):
+        assert word in message
+    message = run("--data", tmp_path / "half", "--backbone_weights", "none")
+    assert f"{tmp_path}/half/annotations/instances_train2017.json not found" in message
+
+
+def test_an_official_file_is_recognised_and_names_its_91_outputs(tmp_path):
+    torch.manual_seed(0)
+    model = build_model("detr_r18", num_classes=91, hidden_dim=64, dim_feedforward=48,
+                        enc_layers=2, dec_layers=3, num_queries=9).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "detr-r18.pth")
+    loaded, info = evaluate.load_detector(tmp_path / "detr-r18.pth")
+    assert loaded.cfg == model.cfg
+    images = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    for a, b in zip(loaded.eval()(images), model(images)):
+        torch.testing.assert_close(a, b)
+    names, ids = info["classes"], info["category_ids"]
+    assert len(names) == 91 and ids == list(range(91)) and sum(map(bool, names)) == 80
+    assert [names[k] for k in (1, 18, 12, 90)] == ["person", "dog", "", "toothbrush"]
+
+    # on a file that lists two of the 80, under ids of its own: results hold these ids alone
+    files = coco_files(tmp_path, "val", 3, {5: "person", 1: "dog"})
+    evaluate.main(["detr-r18.pth", *map(str, files), "--image_size", "32", "--num_workers", "0",
+                   "--save_json", "dt.json"])
+    dataset = CocoDataset(files[1], files[3], classes=names)
+    rows = torch.tensor([[0, k, 0.5, 1, 2, 3, 4] for k in (1, 18, 5, 12, 90)], dtype=torch.float64)
+    assert [d["category_id"] for d in evaluate.coco_results(rows, dataset)] == [5, 1]
+    evaluate.main(["--gt", str(files[1]), "--dt", "dt.json"])
+
+
+def test_postprocess_takes_the_best_class_but_no_object_and_pixels():
+    logits = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]]).log()
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.0, 0.25, 0.1, 0.5]]])
+    [d] = evaluate.postprocess(logits, boxes, torch.tensor([[100, 200]]))         # height, width
+    torch.testing.assert_close(d["scores"], torch.tensor([0.5, 0.2]))
+    assert d["labels"].tolist() == [0, 1]
+    expected = torch.tensor([[80.0, 30.0, 120.0, 70.0], [-10.0, 0.0, 10.0, 50.0]])   # not clipped
+    torch.testing.assert_close(d["boxes"], expected)
+
+
+def test_without_a_network_the_error_says_which_file_goes_where(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    message = run(*FROZEN, "--model", "detr_r18", "--backbone_weights", "imagenet")
+    for word in ("resnet18-f37072fd.pth", f"{tmp_path}/home/hub/checkpoints", "unreachable",
+                 "none"):
+        assert word in message
+    with pytest.raises(ValueError, match="resnet_tiny.*none"):    # nothing is published for it
+        load_backbone(build_model("detr_tiny", **SMALL), "imagenet")
