@@ -474,7 +474,7 @@ class ShapesDataset(DetectionDataset):
     """Generated images of rectangles, ellipses and triangles: nothing to download.
 
     split: "train" or "val", which differ in every image; n: how many images; side: of the square
-    images, in pixels. One to four objects of 1/7 to 3/5 of the side, in any colour that stands out,
+    images, in pixels. One to four objects of 1/5 to 3/5 of the side, in any colour that stands out,
     partly over one another, on plain, shaded, striped or noisy ground. Image i is a pure function
     of (split, i, side); it is drawn when it is asked for.
     """
@@ -501,10 +501,10 @@ class ShapesDataset(DetectionDataset):
         objects = []
         for _ in range(rng.randint(1, 4)):
             color = ground[0]
-            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 120:
+            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
                 color = tuple(rng.randrange(256) for _ in range(3))
             for _ in range(20):                                      # tries to find a free place
-                w, h = (round(rng.uniform(side / 7, side * 3 / 5)) for _ in range(2))
+                w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
                 x, y = rng.randint(0, side - w), rng.randint(0, side - h)
                 if all(self._covered((x, y, w, h), o[1]) < 0.3 for o in objects):
                     objects.append((rng.randrange(3), (x, y, w, h), color))

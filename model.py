@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
 
@@ -36,10 +38,10 @@ class ModelConfig:
     grid_cols: Annotated[int, "columns of it; 42 x 42 covers 1333 pixels at stride 32"] = 42
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 128
     backbone: Annotated[str, "a key of RESNETS"] = "resnet50"
-    backbone_norm: Annotated[str, "frozen (for pretrained weights), batch or layer"] = "frozen"
+    backbone_norm: Annotated[str, "frozen (for pretrained weights) or batch"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
-    temperature: Annotated[float, "longest wave of the sine positions; low ones suit small grids"] = 10000.0
+    position_temperature: Annotated[float, "of the sine positions; low ones suit small grids"] = 10000.0
     enc_layers: Annotated[int, "encoder layers"] = 6
     dec_layers: Annotated[int, "decoder layers"] = 6
     dim_feedforward: Annotated[int, "hidden units of the feed-forward blocks"] = 2048
@@ -86,14 +88,29 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each pixel: no pixel, image or process sees another's."""
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of all processes' images together.
+
+    (torch's own SyncBatchNorm is for GPUs alone.) Every process counts alike.
+    """
 
     def forward(self, x):                                           # (B, C, H, W)
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        x32, world = x.float(), dist.get_world_size()
+        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
+        mean, square = all_reduce(moments) / world                  # (C,) each
+        var, n = (square - mean.square()).clamp(min=0), x.numel() // len(mean) * world
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "layer": LayerNorm2d}
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d}
 
 
 class BasicBlock(nn.Module):
@@ -209,7 +226,7 @@ class SinePosition(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.dim, self.temperature = cfg.hidden_dim // 2, cfg.temperature
+        self.dim, self.temperature = cfg.hidden_dim // 2, cfg.position_temperature
 
     def forward(self, valid):
         y, x = (valid.cumsum(d, dtype=torch.float32) for d in (1, 2))   # from 1, not from 0
@@ -527,9 +544,9 @@ class DETR(nn.Module):
 
 MODELS = {
     "detr_tiny": ModelConfig(                                       # for the built-in shapes
-        backbone="resnet_tiny", backbone_norm="layer", hidden_dim=96, nheads=4, dim_feedforward=256,
-        enc_layers=2, dec_layers=3, num_queries=12, dropout=0.0, pre_norm=True, num_classes=3,
-        grid_rows=16, grid_cols=16, token_dim=64),
+        backbone="resnet_tiny", backbone_norm="batch", position_temperature=2, hidden_dim=96, nheads=4,
+        dim_feedforward=256, enc_layers=2, dec_layers=3, num_queries=12, dropout=0.0, pre_norm=True,
+        num_classes=3, grid_rows=16, grid_cols=16, token_dim=64),
     "detr_r18": ModelConfig(backbone="resnet18"),
     "detr_r34": ModelConfig(backbone="resnet34"),
     "detr_r50": ModelConfig(),

@@ -107,8 +107,8 @@ class TrainConfig:
 PRESETS = {
     "coco": {},
     "shapes": dict(
-        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=18, batch_size=16,
-        lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=17, batch_size=16,
+        lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
     "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
 }
@@ -395,7 +395,7 @@ def train_step(model, optimizer, parts, counts, loss_cfg, cfg, device, dtype):
     return totals
 
 
-def prepare_model(model_cfg, cfg, state, device, world, say):
+def prepare_model(model_cfg, cfg, state, device, say):
     """The bare model with its first weights, what DDP or compile made of it, and its optimizer."""
     model = build_model(model_cfg)
     if state:
@@ -406,8 +406,6 @@ def prepare_model(model_cfg, cfg, state, device, world, say):
     elif cfg.backbone_weights != "none":
         report = load_backbone(model, cfg.backbone_weights)
         say(f"backbone weights {cfg.backbone_weights}", *(report or ["all taken"]), sep="\n  ")
-    if "cuda" in device and world > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)     # ordinary batch norm alone
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, cfg)
     if state:
@@ -483,7 +481,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     configs = dict(model_config=asdict(model_cfg), loss_config=asdict(loss_cfg), train_config=asdict(cfg))
     state = find_resume(cfg, configs)
     torch.manual_seed(cfg.seed)
-    bare, model, optimizer = prepare_model(model_cfg, cfg, state, device, world, say)
+    bare, model, optimizer = prepare_model(model_cfg, cfg, state, device, say)
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
     sampler, dtype = train_loader.batch_sampler, choose_dtype(cfg, device)
     steps = sampler.steps

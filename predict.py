@@ -1,0 +1,101 @@
+"""Detections drawn on images, and as JSON.
+
+    python predict.py out/ckpt.pt photo.jpg folder/ --out predictions/
+    python predict.py detr-r50-e632da11.pth photo.jpg --threshold 0.9 --top 10
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+from data import draw_boxes, plan_validation, read_image
+from evaluate import load_detector, postprocess
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def find_images(paths):
+    """Image files: those named, and those in the folders named, by name. Raises FileNotFoundError
+    for a path that is not there, ValueError for a folder without images."""
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(f for f in os.listdir(path) if f.lower().endswith(EXTENSIONS))
+            if not found:
+                raise ValueError(f"folder {path} holds no image ({', '.join(EXTENSIONS)})")
+            files += [os.path.join(path, f) for f in found]
+        elif os.path.exists(path):
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{path} not found: give image files or folders of them")
+    return files
+
+
+@torch.inference_mode()
+def detect_image(model, image, image_size, max_size):
+    """postprocess' dict of one PIL image in RGB, its arrays sorted by falling score."""
+    h, w = plan_validation(image.height, image.width, image_size, max_size).size
+    pixels = torch.from_numpy(np.array(image.resize((w, h), 2))).permute(2, 0, 1)[None]  # bilinear
+    logits, boxes = model(pixels.to(next(model.parameters()).device))
+    found = postprocess(logits[-1], boxes[-1], [(image.height, image.width)])[0]
+    order = found["scores"].argsort(descending=True)
+    return {name: values[order].cpu().numpy() for name, values in found.items()}
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="of train.py, or an officially released DETR file")
+    parser.add_argument("images", nargs="+", help="image files, and folders of them")
+    parser.add_argument("--out", default="predictions", help="folder of the drawn images and the JSON")
+    parser.add_argument("--threshold", type=float, default=0.7, help="least score that is kept")
+    parser.add_argument("--top", type=int, default=100, help="at most so many detections per image")
+    parser.add_argument("--image_size", type=int, default=0, help="shorter side; 0: as in training")
+    parser.add_argument("--max_size", type=int, default=0, help="longest side; 0: as in training")
+    parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    files = find_images(args.images)
+    model, info = load_detector(args.checkpoint, args.dilation)
+    model = model.eval().to(args.device)
+    size = (args.image_size or info["train"].get("image_size", 800),
+            args.max_size or info["train"].get("max_size", 1333))
+    os.makedirs(args.out, exist_ok=True)
+    results, written = [], set()
+    for path in files:
+        image = read_image(path)
+        found = detect_image(model, image, *size)
+        keep = np.flatnonzero(found["scores"] >= args.threshold)[:args.top]
+        boxes, scores = found["boxes"][keep], found["scores"][keep]
+        names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]
+        stem, n = os.path.splitext(os.path.basename(path))[0], 2
+        name = f"{stem}.jpg"
+        while name in written:                       # the same name in another folder
+            name, n = f"{stem}_{n}.jpg", n + 1
+        written.add(name)
+        draw_boxes(image, boxes, names, scores).save(os.path.join(args.out, name), quality=92)
+        results.append({"file": path, "drawn": name, "width": image.width, "height": image.height,
+                        "detections": [
+                            {"class": c, "category_id": info["category_ids"][int(k)],
+                             "score": round(float(s), 4),
+                             "box_xyxy": [round(float(v), 2) for v in box]}
+                            for c, k, s, box in zip(names, found["labels"][keep], scores, boxes)]})
+        print(f"{path}: {', '.join(f'{c} {s:.2f}' for c, s in zip(names, scores)) or 'nothing'}")
+    with open(os.path.join(args.out, "predictions.json"), "w") as file:
+        json.dump(results, file, indent=1)
+    print(f"{len(files)} image(s) drawn, and predictions.json, in {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
