@@ -45,7 +45,7 @@ class TrainConfig:
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
     val_images: Annotated[str, "folder of the validation images"] = ""
-    train_shapes: Annotated[int, "built-in shapes: images per epoch"] = 4000
+    train_shapes: Annotated[int, "built-in shapes: images per epoch"] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images"] = 256
     overfit: Annotated[int, "train and evaluate on the first N images: the first thing to try"] = 0
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it"] = 800
@@ -107,7 +107,7 @@ class TrainConfig:
 PRESETS = {
     "coco": {},
     "shapes": dict(
-        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=17, batch_size=16,
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=10, batch_size=16,
         lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
     "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
@@ -325,7 +325,7 @@ def draw_batch(images, valid, targets, classes):
     return contact_sheet(items)
 
 
-def draw_predictions(rows, dataset, threshold=0.5):
+def draw_predictions(rows, dataset, threshold=0.7):
     """The first images of a data set with the detections (D, 7) that score over the threshold."""
     items = []
     for i in range(min(16, len(dataset))):
