@@ -57,7 +57,8 @@ def overlap(a, b):
     """
     area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
     area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    wh = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    wh = wh.clamp(min=0)
     inter = wh[..., 0] * wh[..., 1]
     union = area_a + area_b - inter
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
@@ -73,7 +74,7 @@ def box_iou(a, b):
 
 
 def generalized_box_iou(a, b):
-    """Generalised IoU, in [-1, 1], of every box in a (..., N, 4) with every one in b (..., M, 4)."""
+    """Generalised IoU in [-1, 1] of every box in a (..., N, 4) with every one in b (..., M, 4)."""
     return overlap(a[..., :, None, :], b[..., None, :, :])[1]
 
 
@@ -96,7 +97,8 @@ def read_image(path, size=None, note=""):
                 if (raw.height, raw.width) != tuple(size):
                     raise ValueError(
                         f"{name}: the file is {raw.width} x {raw.height} pixels (width x height), "
-                        f"the annotations say {size[1]} x {size[0]}: annotate the file that is there")
+                        f"the annotations say {size[1]} x {size[0]}: annotate the file "
+                        f"that is there")
                 image = raw
             return to_rgb(image, name)
     except FileNotFoundError:
@@ -189,9 +191,9 @@ def plan_validation(h, w, image_size, max_size):
 def plan_training(h, w, image_size, max_size, rng):
     """The official training augmentation, drawn from `rng` (random.Random).
 
-    For image_size 800: flip with 1/2; then with 1/2 resize the shorter side to one of 480, 512, ...,
-    800, else resize it to 400, 500 or 600, crop 384 to 600 pixels a side, and resize as before.
-    Other values of image_size scale all these numbers. Source: DETR, Appendix A.4.
+    For image_size 800: flip with 1/2; then with 1/2 resize the shorter side to one of 480, 512,
+    ..., 800, else resize it to 400, 500 or 600, crop 384 to 600 pixels a side, and resize as
+    before. Other values of image_size scale all these numbers. Source: DETR, Appendix A.4.
     """
     def scaled(v):
         return max(1, round(v * image_size / 800))
@@ -293,7 +295,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         """Keep only the first n images that have objects, each of them `repeat` times."""
         has = [i for i in range(len(self)) if len(self.objects(i)[0])][:n]
         if len(has) < n:
-            raise ValueError(f"--overfit {n}: only {len(has)} of the {len(self)} images have objects")
+            raise ValueError(f"--overfit {n}: only {len(has)} of the {len(self)} images have "
+                             f"objects")
         has *= repeat
         rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in has]
         counts = [len(r) for r in rows]
@@ -319,10 +322,12 @@ def read_json(path, what):
 
 
 def is_number(v):
+    """Whether v is a number below 1e15 in magnitude: no bool, no NaN."""
     return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e15
 
 
 def is_id(v):
+    """Whether v can be an id: an integer or a string."""
     return isinstance(v, (int, str)) and not isinstance(v, bool)
 
 
@@ -338,7 +343,8 @@ def check_coco(data, path="annotations", image_dir=None):
             return [f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
                     f'"annotations": [...], "categories": [...]}}']
     faults, ids = [], {}
-    for key, name in (("images", "image"), ("categories", "category"), ("annotations", "annotation")):
+    for key, name in (("images", "image"), ("categories", "category"),
+                      ("annotations", "annotation")):
         seen = ids[key] = set()
         for k, record in enumerate(data[key]):
             if not isinstance(record, dict) or not is_id(record.get("id")):
@@ -363,6 +369,7 @@ def check_coco(data, path="annotations", image_dir=None):
 
 
 def check_categories(categories, path):
+    """The faults of a COCO file's categories: a list of sentences."""
     names, faults = set(), []
     for record in categories:
         name = record.get("name")
@@ -375,6 +382,7 @@ def check_categories(categories, path):
 
 
 def check_images(images, path, image_dir):
+    """The faults of a COCO file's images, and of the files if image_dir is given: sentences."""
     faults = [] if images else [f"{path}: the list of images is empty"]
     there = set(os.listdir(image_dir)) if image_dir else set()
     for record in images:
@@ -425,8 +433,8 @@ class CocoDataset(DetectionDataset):
         super().__init__(image_size, max_size, augment, seed)
         data = read_json(json_path, "a COCO instances file")
         if not os.path.isdir(image_dir):
-            raise FileNotFoundError(f"image folder {image_dir} not found: it should hold the images "
-                                    f"that {json_path} lists")
+            raise FileNotFoundError(f"image folder {image_dir} not found: it should hold the "
+                                    f"images that {json_path} lists")
         faults = check_coco(data, json_path, image_dir)
         if faults:
             more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
@@ -449,7 +457,7 @@ class CocoDataset(DetectionDataset):
         if unknown:
             raise ValueError(f"{self.json_path} has categories that the model was not trained on: "
                              f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
-        self.category_ids = [ids.get(name) for name in self.classes]         # None: not in this file
+        self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         return {ids[name]: self.classes.index(name) for name in ids}
 
     def _read_annotations(self, annotations, index):
@@ -494,7 +502,7 @@ class ShapesDataset(DetectionDataset):
         self.crowd = np.zeros(len(objects), bool)
 
     def _scene(self, i):
-        """Random state, objects (label, xywh, colour) from back to front, and the two ground colours."""
+        """Random state, objects (label, xywh, colour) back to front, and the two ground colours."""
         rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
         ground = [tuple(rng.randrange(256) for _ in range(3))]
         ground.append(tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in ground[0]))
@@ -545,7 +553,8 @@ class ShapesDataset(DetectionDataset):
             ramp = (np.arange(side) // rng.randint(2, 8) % 2)[:, None, None]
         pixels = np.broadcast_to(a + (b - a) * ramp, (side, side, 3))
         if kind == "noisy":
-            pixels = pixels + np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
+            noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
+            pixels = pixels + noise
         pixels = pixels.clip(0, 255).astype(np.uint8)
         if rng.random() < 0.5:
             pixels = pixels.transpose(1, 0, 2)
@@ -591,10 +600,11 @@ class TrainSampler:
     fills no step is dropped, other images each epoch. set_epoch says where to (re)start.
     """
 
-    def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1, group_by_shape=True):
+    def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1,
+                 group_by_shape=True):
         if batch_size % (world * accumulate):
-            raise ValueError(f"--batch_size {batch_size} (images per step over all processes) is not "
-                             f"a multiple of {world} processes x --accumulate {accumulate}")
+            raise ValueError(f"--batch_size {batch_size} (images per step over all processes) is "
+                             f"not a multiple of {world} processes x --accumulate {accumulate}")
         if len(dataset) < batch_size:
             raise ValueError(f"the training set has {len(dataset)} images, fewer than --batch_size "
                              f"{batch_size}: lower it to at most that")

@@ -1,7 +1,7 @@
 """Evaluation: detections of a model, and the COCO average precision in numpy.
 
     python evaluate.py out/ckpt.pt                                  # its own validation set
-    python evaluate.py detr-r50-e632da11.pth --data coco            # the officially released weights
+    python evaluate.py detr-r50-e632da11.pth --data coco            # officially released weights
     python evaluate.py out/ckpt.pt --val_json a.json --val_images DIR --save_json detections.json
     python evaluate.py --gt instances.json --dt detections.json     # anybody's detections
 
@@ -63,7 +63,7 @@ def detect(model, loader, device, dtype=torch.float32):
 
 
 def gather_rows(rows):
-    """The rows (n, 7) of all processes, on each of them: n is gathered first, the rest padded to it."""
+    """The rows (n, 7) of all processes, on each: n is gathered first, the rest padded to it."""
     if not dist.is_initialized():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -83,7 +83,7 @@ def evaluate(model, loader, device, dtype=torch.float32):
     in the order of the images, and "classes".
     """
     rows = gather_rows(detect(model, loader, device, dtype))
-    rows = rows[rows[:, 0].argsort(stable=True)]                     # whatever process had which image
+    rows = rows[rows[:, 0].argsort(stable=True)]                     # whichever process had it
     r, dataset = rows.numpy(), loader.dataset
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
@@ -108,6 +108,7 @@ AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2),
 
 
 def take(columns, rows):
+    """The same rows of every column."""
     return {name: column[rows] for name, column in columns.items()}
 
 
@@ -299,6 +300,7 @@ def id_index(gt, field):
 
 
 def describe(ids):
+    """How many ids, the first, the last and their types, for an error message."""
     ids = sorted(set(ids), key=lambda i: (type(i).__name__, i))
     types = " and ".join(sorted({type(i).__name__ for i in ids}))
     return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
@@ -327,7 +329,8 @@ def coco_eval(gt, dt, iou_type="bbox"):
     if iou_type != "bbox":
         raise ValueError(f"iou_type {iou_type!r} is not supported here, only 'bbox' is")
     gt = gt if isinstance(gt, dict) else read_json(gt, "a COCO instances file")
-    dt = dt if isinstance(dt, list) else read_json(dt, "a list of detections in COCO results format")
+    dt = dt if isinstance(dt, list) else read_json(
+        dt, "a list of detections in COCO results format")
     if not isinstance(gt, dict):
         raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
     if not isinstance(dt, list):
@@ -401,9 +404,11 @@ def official_config(state, dilation):
     return ModelConfig(
         backbone=backbone, dilation=dilation, hidden_dim=C, dim_feedforward=ff,
         position_embedding="learned" if "backbone.1.row_embed.weight" in state else "sine",
-        enc_layers=count("transformer.encoder.layers."), dec_layers=count("transformer.decoder.layers."),
+        enc_layers=count("transformer.encoder.layers."),
+        dec_layers=count("transformer.decoder.layers."),
         pre_norm="transformer.encoder.norm.weight" in state,
-        num_queries=len(state["query_embed.weight"]), num_classes=len(state["class_embed.bias"]) - 1)
+        num_queries=len(state["query_embed.weight"]),
+        num_classes=len(state["class_embed.bias"]) - 1)
 
 
 def find_validation(args, info):
@@ -427,14 +432,14 @@ def find_validation(args, info):
     elif train:
         dataset = ShapesDataset(split, train[f"{split}_shapes"], size["image_size"])
     else:
-        raise ValueError("an official file does not say what to evaluate it on: give --data DIR, or "
-                         "--val_json and --val_images")
+        raise ValueError("an official file does not say what to evaluate it on: give --data DIR, "
+                         "or --val_json and --val_images")
     return dataset.keep(overfit) if overfit else dataset
 
 
 def class_table(result):
-    """Average precision by class, the best first, as lines; classes without objects are left out."""
-    precision, counts = result["precision"][..., 0, -1], result["num_gt"][:, 0]        # (T, R, K), (K,)
+    """Average precision by class, the best first, as lines; classes without objects left out."""
+    precision, counts = result["precision"][..., 0, -1], result["num_gt"][:, 0]    # (T, R, K), (K,)
     rows = [(precision[:, :, k].mean(), precision[0, :, k].mean(), counts[k], name)
             for k, name in enumerate(result["classes"]) if precision[0, 0, k] > -1]
     width = max([5] + [len(row[3]) for row in rows])
@@ -445,15 +450,19 @@ def class_table(result):
 
 
 def parse_args(argv):
+    """The command line as a Namespace."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="of train.py, or an officially released file")
     parser.add_argument("--data", default="", help="COCO folder: annotations/, val2017/")
     parser.add_argument("--val_json", default="", help="COCO instances file of any layout")
     parser.add_argument("--val_images", default="", help="its image folder")
-    parser.add_argument("--save_json", default="", help="write the detections in COCO results format")
-    parser.add_argument("--image_size", type=int, default=0, help="shorter side; 0: as in training, 800")
-    parser.add_argument("--max_size", type=int, default=0, help="longest side; 0: as in training, 1333")
+    parser.add_argument("--save_json", default="",
+                        help="write the detections in COCO results format")
+    parser.add_argument("--image_size", type=int, default=0,
+                        help="shorter side; 0: as in training, 800")
+    parser.add_argument("--max_size", type=int, default=0,
+                        help="longest side; 0: as in training, 1333")
     parser.add_argument("--batch_size", type=int, default=4, help="images of like shape at a time")
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")

@@ -26,7 +26,7 @@ class LossConfig:
     bbox_loss_coef: Annotated[float, "loss: weight of the L1 distance of the boxes"] = 5.0
     giou_loss_coef: Annotated[float, "loss: weight of the generalised IoU"] = 2.0
     eos_coef: Annotated[float, "weight of the no-object class among the classes"] = 0.1
-    aux_loss: Annotated[bool, "add the loss of every decoder layer, not of the last one alone"] = True
+    aux_loss: Annotated[bool, "add the loss of every decoder layer, not of the last alone"] = True
 
     def __post_init__(self):
         for field in ("set_cost_class", "set_cost_bbox", "set_cost_giou", "ce_loss_coef",
@@ -34,7 +34,8 @@ class LossConfig:
             if not getattr(self, field) >= 0:
                 raise ValueError(f"--{field} {getattr(self, field)} must not be negative")
         if not self.set_cost_class + self.set_cost_bbox + self.set_cost_giou:
-            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
+            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot "
+                             "all be 0")
 
 
 def loss_counts(targets, num_queries):
@@ -49,11 +50,12 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), counts=None):
     """The losses of a batch, each a 0-dim tensor, by the official names.
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
-    of B dicts with "labels" (T,) int64 and "boxes" (T, 4). counts: loss_counts of the whole step per
-    rank (its sum over ranks divided by their number), None: of these targets. Returns "loss", the
-    weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer, "class_error" (percent
-    of the matched queries with a wrong class; 100 if there is none) and "cardinality_error" (mean
-    error in the number of objects); and, but for class_error, those of layer i under "..._i".
+    of B dicts with "labels" (T,) int64 and "boxes" (T, 4). counts: loss_counts of the whole step
+    per rank (its sum over ranks divided by their number), None: of these targets. Returns "loss",
+    the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer, "class_error"
+    (percent of the matched queries with a wrong class; 100 if there is none) and
+    "cardinality_error" (mean error in the number of objects); and, but for class_error, those of
+    layer i under "..._i".
     Computed in float32. Raises ValueError if a cost is not finite.
     Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2.
     """

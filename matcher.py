@@ -59,7 +59,8 @@ def match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
     if not costs.isfinite().all():
         layer, image = (~costs.isfinite()).nonzero()[0, :2].tolist()
         raise ValueError(f"the matching cost is not finite, first in decoder layer {layer}, image "
-                         f"{image} of the batch: the predictions or the targets hold NaN or infinity")
+                         f"{image} of the batch: the predictions or the targets hold NaN or "
+                         f"infinity")
     counts = [len(t["labels"]) for t in targets]
     return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[:, :T].numpy())))
              for cost, T in zip(layer, counts)] for layer in costs]

@@ -30,7 +30,7 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes the network; the annotations are the help of train.py's flags."""
-    mixer: Annotated[str, "token mixer in place of both self-attentions, a key of MIXERS"] = "attention"
+    mixer: Annotated[str, "token mixer for both self-attentions, a key of MIXERS"] = "attention"
     encoder_mixer: Annotated[str, "token mixer of the encoder alone"] = ""
     decoder_mixer: Annotated[str, "token mixer of the decoder alone"] = ""
     pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
@@ -41,7 +41,7 @@ class ModelConfig:
     backbone_norm: Annotated[str, "frozen (for pretrained weights) or batch"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
-    position_temperature: Annotated[float, "of the sine positions; low ones suit small grids"] = 10000.0
+    position_temperature: Annotated[float, "of the sine positions; low suits small grids"] = 10000.0
     enc_layers: Annotated[int, "encoder layers"] = 6
     dec_layers: Annotated[int, "decoder layers"] = 6
     dim_feedforward: Annotated[int, "hidden units of the feed-forward blocks"] = 2048
@@ -53,21 +53,25 @@ class ModelConfig:
     num_classes: Annotated[int, "classes K without the no-object class; data sets set it"] = 91
 
     def __post_init__(self):
-        for field, known in (("mixer", MIXERS), ("encoder_mixer", MIXERS), ("decoder_mixer", MIXERS),
-                             ("backbone", RESNETS), ("backbone_norm", NORMS),
+        for field, known in (("mixer", MIXERS), ("encoder_mixer", MIXERS),
+                             ("decoder_mixer", MIXERS), ("backbone", RESNETS),
+                             ("backbone_norm", NORMS),
                              ("position_embedding", ("sine", "learned"))):
             value = getattr(self, field)
-            if value not in known and not (value == "" and field in ("encoder_mixer", "decoder_mixer")):
+            optional = field in ("encoder_mixer", "decoder_mixer")
+            if value not in known and not (value == "" and optional):
                 raise ValueError(f"--{field} {value} is unknown, use one of: {', '.join(known)}")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             raise ValueError(f"--hidden_dim {self.hidden_dim} must be a multiple of --nheads "
                              f"{self.nheads} and of 4 (sine and cosine, rows and columns)")
         if self.dilation and RESNETS[self.backbone][0] is BasicBlock:
-            raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for {self.backbone}")
+            raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for "
+                             f"{self.backbone}")
         if self.pool_size % 2 == 0:
             raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
-        for field, least in (("enc_layers", 0), ("dec_layers", 1), ("num_queries", 1), ("token_dim", 1),
-                             ("grid_rows", 1), ("grid_cols", 1), ("num_classes", 1), ("pool_size", 1)):
+        for field, least in (("enc_layers", 0), ("dec_layers", 1), ("num_queries", 1),
+                             ("token_dim", 1), ("grid_rows", 1), ("grid_cols", 1),
+                             ("num_classes", 1), ("pool_size", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least {least}")
 
@@ -79,7 +83,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        for name, value in (("weight", 1.0), ("bias", 0.0),
+                            ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((C,), value))
 
     def forward(self, x):                                           # (B, C, H, W)
@@ -252,8 +257,8 @@ class LearnedPosition(nn.Module):
     def forward(self, valid):
         B, H, W = valid.shape
         if max(H, W) > 50:
-            raise ValueError(f"learned positions end at 50 x 50 tokens, the image has {H} x {W}: use "
-                             f"smaller images or --position_embedding sine")
+            raise ValueError(f"learned positions end at 50 x 50 tokens, the image has {H} x {W}: "
+                             f"use smaller images or --position_embedding sine")
         x = self.col_embed.weight[:W].expand(H, W, -1)
         y = self.row_embed.weight[:H, None].expand(H, W, -1)
         return torch.cat([x, y], 2).flatten(0, 1).expand(B, -1, -1)     # (B, N, C)
@@ -262,8 +267,8 @@ class LearnedPosition(nn.Module):
 # -- token mixers --------------------------------------------------------------------------------
 #
 # forward(x, pos, valid, grid): tokens x (B, N, C); positions pos, to be added to x, or None; valid
-# bool (B, N), True = token of the image, None = all are; grid (H, W) with N = H*W. Returns (B, N, C).
-# No valid token depends on a padded one. max_grid is the largest grid that will come.
+# bool (B, N), True = token of the image, None = all are; grid (H, W) with N = H*W.
+# Returns (B, N, C). No valid token depends on a padded one. max_grid is the largest grid to come.
 
 class AttentionMixer(nn.Module):
     """Multi-head attention, in the parameter names of nn.MultiheadAttention (arXiv:1706.03762).
@@ -288,11 +293,12 @@ class AttentionMixer(nn.Module):
         """Queries q (B, M, C) read values v (B, N, C) by keys k (B, N, C) where valid (B, N)."""
         (B, M, C), hs = q.shape, q.shape[2] // self.nh
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).view(B, -1, self.nh, hs).transpose(1, 2)   # (B, nh, M or N, hs)
+        q, k, v = (F.linear(x, w, b).view(B, -1, self.nh, hs).transpose(1, 2)  # (B, nh, M or N, hs)
                    for x, w, b in zip((q, k, v), weights, biases))
-        attended = None if valid is None else valid[:, None, None, :]           # True = attended to
-        y = F.scaled_dot_product_attention(q, k, v, attended, self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).reshape(B, M, C))                # (B, M, C)
+        attended = None if valid is None else valid[:, None, None, :]          # True = attended to
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attended, dropout)
+        return self.out_proj(y.transpose(1, 2).reshape(B, M, C))               # (B, M, C)
 
 
 class PoolMixer(nn.Module):
@@ -307,14 +313,14 @@ class PoolMixer(nn.Module):
         self.window = dict(kernel_size=k, stride=1, padding=k // 2, divisor_override=1)  # a sum
 
     def forward(self, x, pos, valid, grid):
-        g, v = to_grid(x, valid, grid)                              # (B, C, H, W), (B or 1, 1, H, W)
-        count = F.avg_pool2d(v, **self.window).clamp(min=1)         # valid tokens per window
+        g, v = to_grid(x, valid, grid)                             # (B, C, H, W), (B or 1, 1, H, W)
+        count = F.avg_pool2d(v, **self.window).clamp(min=1)        # valid tokens per window
         y = F.avg_pool2d(g, **self.window) / count - g
-        return y.flatten(2).transpose(1, 2)                         # (B, N, C)
+        return y.flatten(2).transpose(1, 2)                        # (B, N, C)
 
 
 def to_grid(x, valid, grid):
-    """Tokens (B, N, C) as a map (B, C, H, W) with zeros in the padding, and valid as one of 0 and 1."""
+    """Tokens (B, N, C) as a map (B, C, H, W), zeros in the padding, and valid as one of 0 and 1."""
     (B, N, C), (H, W) = x.shape, grid
     v = x.new_ones(1, 1, H, W) if valid is None else valid.view(B, 1, H, W).to(x.dtype)
     return x.transpose(1, 2).view(B, C, H, W) * v, v
@@ -366,7 +372,7 @@ class MlpMixer(nn.Module):
 
 
 class RandomMixer(nn.Module):
-    """A fixed random mean over all tokens: uniform numbers, softmax by row (arXiv:2111.11418, Table 5).
+    """A fixed random mean over tokens: uniform numbers, softmax by row (arXiv:2111.11418, Table 5).
 
     As large as the largest grid squared; rows are renormalised over the valid tokens at hand.
     """
@@ -383,11 +389,12 @@ class RandomMixer(nn.Module):
         weight = self.weight[:H, :W, :H, :W].reshape(N, N)
         if valid is None:
             return (weight / weight.sum(1, keepdim=True)) @ x       # (B, N, C)
-        total = valid.to(weight.dtype) @ weight.t()                 # (B, N) weight of the valid ones
+        total = valid.to(weight.dtype) @ weight.t()                 # (B, N) weight of valid ones
         return weight @ (x * valid[..., None]) / total[..., None].clamp(min=1e-12)
 
 
 def check_grid(grid, max_grid, mixer):
+    """Raises ValueError for a grid with more rows or columns than max_grid."""
     if grid[0] > max_grid[0] or grid[1] > max_grid[1]:
         raise ValueError(f"the {mixer} mixer was built for at most {max_grid[0]} x {max_grid[1]} "
                          f"tokens, the image has {grid[0]} x {grid[1]}: raise --grid_rows and "
@@ -401,7 +408,7 @@ MIXERS = {"attention": AttentionMixer, "pool": PoolMixer, "identity": IdentityMi
 # -- transformer ---------------------------------------------------------------------------------
 
 class Layer(nn.Module):
-    """What encoder and decoder layers share: the feed-forward block and the residual around each."""
+    """What encoder and decoder layers share: a feed-forward block and the residual around each."""
 
     def __init__(self, cfg, norms):
         super().__init__()
@@ -421,6 +428,8 @@ class Layer(nn.Module):
 
 
 class EncoderLayer(Layer):
+    """A token mixer and the feed-forward block."""
+
     def __init__(self, cfg):
         super().__init__(cfg, norms=2)
         # called self_attn whatever the mixer: the official name, which checkpoints use
@@ -432,6 +441,8 @@ class EncoderLayer(Layer):
 
 
 class DecoderLayer(Layer):
+    """A mixer of the queries, attention to the image, and the feed-forward block."""
+
     def __init__(self, cfg):
         super().__init__(cfg, norms=3)
         self.grid = 1, cfg.num_queries
@@ -447,6 +458,8 @@ class DecoderLayer(Layer):
 
 
 class Encoder(nn.Module):
+    """The encoder layers; pre_norm adds a norm after the last."""
+
     def __init__(self, cfg):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.enc_layers))
@@ -459,6 +472,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The decoder layers, and one norm for the states of all."""
+
     def __init__(self, cfg):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers))
@@ -475,6 +490,8 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Encoder and decoder: tokens (B, N, C) to query states (L, B, Q, C)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
@@ -524,7 +541,8 @@ class DETR(nn.Module):
         boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32.
         """
         if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)} given, expected (B, 3, IH, IW)")
+            raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
+                             f"(B, 3, IH, IW)")
         x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if valid is not None:
             x = x * valid[:, None]                                  # padding is the mean colour
@@ -544,9 +562,9 @@ class DETR(nn.Module):
 
 MODELS = {
     "detr_tiny": ModelConfig(                                       # for the built-in shapes
-        backbone="resnet_tiny", backbone_norm="batch", position_temperature=2, hidden_dim=96, nheads=4,
-        dim_feedforward=256, enc_layers=2, dec_layers=3, num_queries=12, dropout=0.0, pre_norm=True,
-        num_classes=3, grid_rows=16, grid_cols=16, token_dim=64),
+        backbone="resnet_tiny", backbone_norm="batch", position_temperature=2, hidden_dim=96,
+        nheads=4, dim_feedforward=256, enc_layers=2, dec_layers=3, num_queries=12, dropout=0.0,
+        pre_norm=True, num_classes=3, grid_rows=16, grid_cols=16, token_dim=64),
     "detr_r18": ModelConfig(backbone="resnet18"),
     "detr_r34": ModelConfig(backbone="resnet34"),
     "detr_r50": ModelConfig(),
@@ -576,17 +594,18 @@ def read_checkpoint(path):
     Raises FileNotFoundError, and ValueError for what is no such file or cannot be fetched.
     """
     path = str(path)
-    try:                                          # the official training checkpoints keep their args
+    try:                                          # official training checkpoints keep their args
         with torch.serialization.safe_globals([argparse.Namespace]):
             if path.startswith(("http://", "https://")):
                 print(f"weights: {path}, kept in {torch.hub.get_dir()}/checkpoints")
-                return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True)
+                return torch.hub.load_state_dict_from_url(
+                    path, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path} not found") from None
     except urllib.error.URLError as error:
-        raise ValueError(f"{path} cannot be fetched ({error.reason}): download it elsewhere and give "
-                         f"the file's path") from None
+        raise ValueError(f"{path} cannot be fetched ({error.reason}): download it elsewhere and "
+                         f"give the file's path") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a checkpoint, or a damaged one "
                          f"({str(error).splitlines()[0] if str(error) else error!r})") from None
@@ -606,7 +625,8 @@ def load_weights(model, source, strict=True):
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(
             isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is expected")
+        raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is "
+                         f"expected")
     target = model
     if "fc.weight" in state or not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # torchvision's ResNet
@@ -621,12 +641,14 @@ def load_weights(model, source, strict=True):
         else:
             line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
                     f"model, newly initialised")
-        by_design = key.endswith("num_batches_tracked") or target is not model and key.startswith("fc.")
+        by_design = (key.endswith("num_batches_tracked")
+                     or target is not model and key.startswith("fc."))
         may_differ = not strict and (key.startswith("class_embed.") or ".self_attn." in key)
         (report if by_design or may_differ else faults).append(line)
     if faults:
-        raise ValueError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a file "
-                         f"of another model, mixer or number of classes?\n" + "\n".join(faults[:20])
+        raise ValueError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
+                         f"file of another model, mixer or number of classes?\n"
+                         + "\n".join(faults[:20])
                          + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
     taken = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     target.load_state_dict({**own, **taken})
@@ -634,7 +656,7 @@ def load_weights(model, source, strict=True):
 
 
 def load_backbone(model, weights):
-    """ImageNet weights into the backbone: "imagenet" fetches torchvision's file, else a path or URL.
+    """ImageNet weights for the backbone: "imagenet" fetches torchvision's file, else a path or URL.
 
     Returns load_weights' report; raises ValueError if the file cannot be had.
     """
@@ -652,8 +674,9 @@ def load_backbone(model, weights):
             f"https://download.pytorch.org/models/{file}", map_location="cpu", check_hash=True,
             weights_only=True)
     except (OSError, RuntimeError) as error:                        # URLError is an OSError
-        raise ValueError(f"torchvision's {file} cannot be fetched ({error}): put it into {folder}, or "
-                         f"give --backbone_weights FILE, or none to train from scratch") from None
+        raise ValueError(f"torchvision's {file} cannot be fetched ({error}): put it into {folder}, "
+                         f"or give --backbone_weights FILE, or none to train from "
+                         f"scratch") from None
     return load_weights(model, state)
 
 
@@ -668,7 +691,8 @@ def multiply_adds(model, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Size and speed of the models, eval mode, batch 1.")
+    parser = argparse.ArgumentParser(
+        description="Size and speed of the models, eval mode, batch 1.")
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -676,7 +700,8 @@ def main():
     print(f"{'model':14s} {'mixer':10s} {'image':>9s} {'parameters':>11s} {'trained':>11s} "
           f"{'G mult-adds':>11s} {'images/s':>9s}   ({device}, {torch.get_num_threads()} threads)")
     rows = [(name, "attention") for name in MODELS]
-    rows += [(name, mixer) for name in ("detr_tiny", "detr_r50") for mixer in MIXERS if mixer != "attention"]
+    rows += [(name, mixer) for name in ("detr_tiny", "detr_r50")
+             for mixer in MIXERS if mixer != "attention"]
     for name, mixer in rows:
         model = build_model(name, mixer=mixer).eval().to(device, memory_format=torch.channels_last)
         h, w = (64, 64) if name == "detr_tiny" else args.size

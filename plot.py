@@ -1,7 +1,7 @@
 """Curves of one or several runs in one picture: average precision and training loss by epoch.
 
     python plot.py out/attention out/pool --out curves.png
-    python plot.py out/log.txt detr_r50_official/log.txt        # the published log lies on the same axes
+    python plot.py out/log.txt detr_r50_official/log.txt        # the published log beside it
 
 Reads log.txt, one JSON object per epoch. Needs matplotlib (requirements-dev.txt).
 """
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 
 def read_log(path):
-    """The records of a log file, or of log.txt in a folder. Raises FileNotFoundError, ValueError."""
+    """The records of a log file, or of a folder's log.txt. Raises FileNotFoundError, ValueError."""
     path = os.path.join(path, "log.txt") if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} not found: give log files of train.py or their folders")
@@ -48,8 +48,8 @@ def main(argv=None):
         records = read_log(path)
         tested = [r for r in records if "test_coco_eval_bbox" in r]
         for axis, number in zip(axes, (0, 1)):
-            axis.plot([r["epoch"] + 1 for r in tested], [r["test_coco_eval_bbox"][number] for r in tested],
-                      label=label(path))
+            curve = [r["test_coco_eval_bbox"][number] for r in tested]
+            axis.plot([r["epoch"] + 1 for r in tested], curve, label=label(path))
         axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
                      label=label(path))
     for axis, title in zip(axes, ("AP", "AP50", "training loss")):

@@ -47,11 +47,13 @@ def detect_image(model, image, image_size, max_size):
 
 
 def parse_args(argv):
+    """The command line as a Namespace."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of train.py, or an officially released DETR file")
     parser.add_argument("images", nargs="+", help="image files, and folders of them")
-    parser.add_argument("--out", default="predictions", help="folder of the drawn images and the JSON")
+    parser.add_argument("--out", default="predictions",
+                        help="folder of the drawn images and the JSON")
     parser.add_argument("--threshold", type=float, default=0.7, help="least score that is kept")
     parser.add_argument("--top", type=int, default=100, help="at most so many detections per image")
     parser.add_argument("--image_size", type=int, default=0, help="shorter side; 0: as in training")

@@ -33,15 +33,16 @@ from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, collate
                   cxcywh_to_xyxy)
 from evaluate import evaluate, to_device
 from losses import LossConfig, loss_counts, set_loss
-from model import MODELS, RESNETS, ModelConfig, build_model, load_backbone, load_weights, read_checkpoint
+from model import (MODELS, RESNETS, ModelConfig, build_model, load_backbone, load_weights,
+                   read_checkpoint)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained on, and how. Defaults are the official DETR's on COCO; PRESETS change them."""
-    model: Annotated[str, "a key of MODELS; the options of the network change single parts of it"] = "detr_r50"
+    """What is trained on, and how. The defaults are the official DETR's; PRESETS change them."""
+    model: Annotated[str, "a key of MODELS, whose parts the options below can change"] = "detr_r50"
     data: Annotated[str, "folder in COCO's layout: annotations/, train2017/, val2017/"] = ""
-    train_json: Annotated[str, "training annotations, a COCO instances file of any layout and ids"] = ""
+    train_json: Annotated[str, "training annotations, a COCO instances file with any ids"] = ""
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
     val_images: Annotated[str, "folder of the validation images"] = ""
@@ -59,19 +60,19 @@ class TrainConfig:
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it"] = 1e-5
     weight_decay: Annotated[float, "of AdamW"] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0 for no clipping"] = 0.1
-    schedule: Annotated[str, "step (a tenth after every lr_drop epochs) or cosine (down to 0)"] = "step"
+    schedule: Annotated[str, "step (a tenth every lr_drop epochs) or cosine (to 0)"] = "step"
     lr_drop: Annotated[int, "epochs between the drops of the step schedule"] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
-    finetune: Annotated[str, "start from the weights of this DETR; another class head is allowed"] = ""
-    resume: Annotated[str, "go on from this checkpoint of train.py, with the options given now"] = ""
+    finetune: Annotated[str, "start from this DETR's weights; another class head is allowed"] = ""
+    resume: Annotated[str, "go on from this checkpoint, with the options given now"] = ""
     output_dir: Annotated[str, "where checkpoints, logs and pictures go"] = "out"
     eval_every: Annotated[int, "epochs between evaluations"] = 1
-    eval_batch_size: Annotated[int, "images of like shape per batch in evaluation, each process"] = 4
+    eval_batch_size: Annotated[int, "images per batch in evaluation, each process"] = 4
     log_every: Annotated[int, "steps between printed lines"] = 50
     num_workers: Annotated[int, "loader processes of each process; -1: by the number of cores"] = -1
     device: Annotated[str, "auto, cpu or cuda"] = "auto"
-    dtype: Annotated[str, "autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it"] = "auto"
+    dtype: Annotated[str, "float32, bfloat16 autocast, or auto: bfloat16 on new GPUs"] = "auto"
     compile: Annotated[bool, "torch.compile the network"] = False
     seed: Annotated[int, "of initialisation, order of images, augmentation and dropout"] = 42
 
@@ -82,11 +83,12 @@ class TrainConfig:
             if getattr(self, field) not in known:
                 raise ValueError(f"--{field} {getattr(self, field)} is unknown, use one of: "
                                  f"{', '.join(known)}")
-        for field in ("train_shapes", "val_shapes", "epochs", "batch_size", "accumulate", "eval_every",
-                      "eval_batch_size", "log_every", "lr_drop", "image_size", "max_size"):
+        for field in ("train_shapes", "val_shapes", "epochs", "batch_size", "accumulate", "lr_drop",
+                      "eval_every", "eval_batch_size", "log_every", "image_size", "max_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
-        for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit", "warmup_steps"):
+        for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit",
+                      "warmup_steps"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"--{field} {getattr(self, field)} must be 0 or a positive number")
         paths = self.train_json, self.train_images, self.val_json, self.val_images
@@ -94,9 +96,10 @@ class TrainConfig:
             raise ValueError("give --data DIR alone, or all four of --train_json, --train_images, "
                              "--val_json and --val_images")
         if self.finetune and self.resume:
-            raise ValueError("--finetune starts a new run, --resume goes on with one: give one of them")
+            raise ValueError("--finetune starts a run, --resume goes on with one: give one of them")
         if self.max_size < self.image_size:
-            raise ValueError(f"--max_size {self.max_size} is less than --image_size {self.image_size}")
+            raise ValueError(f"--max_size {self.max_size} is less than --image_size "
+                             f"{self.image_size}")
 
     @property
     def kind(self):
@@ -112,62 +115,67 @@ PRESETS = {
         backbone_weights="none", eval_batch_size=64),
     "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
 }
-OVERFIT_REPEATS = 100                              # passes over the N images in an epoch of --overfit
+OVERFIT_REPEATS = 100                              # passes over the N images in its epochs
 
 
 # -- options -------------------------------------------------------------------------------------
 
 def read_options(argv, *configs):
-    """The flags that were given, as a dict. One flag per field of the config classes: its type, help
-    and default; booleans as --flag and --no-flag. Abbreviations are off, so that a typo is an error."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--option value ...]",
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The parser, and the flags that were given as a dict.
+
+    One flag per field of the config classes, with its type, help and default; booleans as --flag
+    and --no-flag. Abbreviations are off, so that a typo is an error.
+    """
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--option value ...]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for config in configs:
-        group, hints = parser.add_argument_group(config.__name__), get_type_hints(config, include_extras=True)
+        group = parser.add_argument_group(config.__name__)
+        hints = get_type_hints(config, include_extras=True)
         for field in fields(config):
+            if field.name == "num_classes":        # the data set says it
+                continue
             type_, help_ = get_args(hints[field.name])
-            presets = [f"{kind}: {p[field.name]}" for kind, p in PRESETS.items() if field.name in p]
-            help_ = f"{help_} ({'; '.join([f'default {field.default!r}'] + presets)})".replace("%", "%%")
+            defaults = [f"default {field.default!r}"]
+            defaults += [f"{kind}: {preset[field.name]}" for kind, preset in PRESETS.items()
+                         if field.name in preset]
             how = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(type=type_)
-            if field.name != "num_classes":        # the data set says it
-                group.add_argument(f"--{field.name}", help=help_, default=argparse.SUPPRESS, **how)
+            group.add_argument(f"--{field.name}", help=f"{help_} ({'; '.join(defaults)})",
+                               default=argparse.SUPPRESS, **how)
     return parser, vars(parser.parse_args(argv))
 
 
 def make_configs(given):
-    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the preset of
-    the kind of data, else the model's own values and the defaults. Raises ValueError."""
-    given = dict(given)
-    if not any(given.get(k) for k in ("data", "train_json", "train_images", "val_json", "val_images")):
-        if os.path.isdir("data/coco"):
-            given["data"] = "data/coco"
-    kind = "coco" if any(given.get(k) for k in ("data", "train_json", "val_json")) else "shapes"
+    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the preset
+    of the kind of data, else the model's own values and the defaults. Raises ValueError."""
+    given, sources = dict(given), ("data", "train_json", "train_images", "val_json", "val_images")
+    if not any(given.get(k) for k in sources) and os.path.isdir("data/coco"):
+        given["data"] = "data/coco"
+    kind = "coco" if any(given.get(k) for k in sources) else "shapes"
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
-    if kind == "shapes":
-        options.setdefault("model", "detr_tiny")
-        options["max_size"] = given.get("max_size", options["image_size"])    # the images are square
+    if kind == "shapes":                                             # the images are square
+        options["max_size"] = given.get("max_size", options["image_size"])
 
     def pick(config):
         return {f.name: options[f.name] for f in fields(config) if f.name in options}
     cfg = TrainConfig(**pick(TrainConfig))
     model_cfg = MODELS[cfg.model]
     if cfg.backbone_weights == "none" and not cfg.finetune and model_cfg.backbone_norm == "frozen":
-        model_cfg = replace(model_cfg, backbone_norm="batch")        # there is nothing to freeze yet
+        model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
     model_cfg = replace(model_cfg, **pick(ModelConfig))
     stride = 4 * 2 ** (len(RESNETS[model_cfg.backbone][1]) - 1) // (2 if model_cfg.dilation else 1)
-    side = math.ceil((cfg.max_size + 1) / stride)                    # the resize rule may pass it by 1
-    if (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "random") and side > min(
-            model_cfg.grid_rows, model_cfg.grid_cols):
+    side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
+    fixed_grid = (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "random")
+    if fixed_grid and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise ValueError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
-                         f"{stride}: give --grid_rows {side} --grid_cols {side} or a smaller --max_size")
+                         f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")
     return model_cfg, LossConfig(**pick(LossConfig)), cfg
 
 
 # -- processes -----------------------------------------------------------------------------------
 
 def start_processes(device):
-    """(rank, world, device) of this process, from torchrun's environment; without it (0, 1, device).
+    """(rank, world, device) of this process, from torchrun's environment; else (0, 1, device).
 
     Small things travel between the processes as CPU tensors over gloo, gradients on GPUs over nccl.
     """
@@ -177,8 +185,8 @@ def start_processes(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU, {torch.cuda.device_count()} "
-                             f"are visible: start fewer processes, or use --device cpu")
+            raise ValueError(f"process {local} of this machine has no GPU, "
+                             f"{torch.cuda.device_count()} visible: start fewer, or --device cpu")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if "RANK" in os.environ:
@@ -209,9 +217,9 @@ def data_paths(cfg, split):
     if not os.path.isdir(os.path.join(cfg.data, "annotations")):
         raise FileNotFoundError(
             f"--data {cfg.data} should hold annotations/instances_train2017.json and "
-            f"instances_val2017.json, train2017/ and val2017/; for another layout give --train_json, "
-            f"--train_images, --val_json and --val_images; no COCO at hand? leave --data out for the "
-            f"built-in shapes")
+            f"instances_val2017.json, train2017/ and val2017/; for another layout give "
+            f"--train_json, --train_images, --val_json and --val_images; no COCO at hand? leave "
+            f"--data out for the built-in shapes")
     return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
             os.path.join(cfg.data, f"{split}2017"))
 
@@ -230,7 +238,7 @@ def build_datasets(cfg):
     val = build("val", classes=train.classes)
     if cfg.kind == "coco" and val.missing:
         raise ValueError(f"{val.json_path} lacks categories that {train.json_path} has: "
-                         f"{val.missing[:20]}; both must list the same ones, with objects or without")
+                         f"{val.missing[:20]}; both must list the same ones")
     return train, val
 
 
@@ -244,8 +252,9 @@ def build_loaders(cfg, train, val, rank, world, device):
                    persistent_workers=workers > 0, worker_init_fn=ignore_interrupts)
     sampler = TrainSampler(train, cfg.batch_size, cfg.seed, rank, world, cfg.accumulate,
                            cfg.group_by_shape)
+    val_sampler = EvalSampler(val, cfg.eval_batch_size, rank, world)
     return (DataLoader(train, batch_sampler=sampler, **options),
-            DataLoader(val, batch_sampler=EvalSampler(val, cfg.eval_batch_size, rank, world), **options))
+            DataLoader(val, batch_sampler=val_sampler, **options))
 
 
 def ignore_interrupts(worker):
@@ -283,7 +292,7 @@ def save_checkpoint(path, state):
     torch.save(state, path + ".tmp")
     if os.path.exists(path):
         shutil.copyfile(path, path + ".tmp2")
-        os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is there at every moment
+        os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
     os.replace(path + ".tmp", path)
 
 
@@ -295,20 +304,20 @@ def find_resume(cfg, configs):
         return None
     state = read_checkpoint(path)
     if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
-        raise ValueError(f"--resume {path} is no checkpoint of train.py; to start from other weights "
-                         f"use --finetune")
-    old, changed = {}, []
+        raise ValueError(f"--resume {path} is no checkpoint of train.py; to start from other "
+                         f"weights use --finetune")
+    changed = []
     for name, config in configs.items():
-        old.update(state[name])
         changed += [f"--{k} {state[name].get(k)!r} -> {v!r}" for k, v in config.items()
                     if k not in FREE and state[name].get(k) != v]
     if changed and not cfg.resume:
-        raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give another "
-                         f"--output_dir for a new run, or --resume {path} to go on with the new options")
+        raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
+                         f"another --output_dir for a new run, or --resume {path} to go on with "
+                         f"the new options")
     model_changed = [c for c in changed if c[2:].split()[0] in state["model_config"]]
     if model_changed:
-        raise ValueError(f"--resume {path} is of another model ({', '.join(model_changed)}); --finetune "
-                         f"takes over what fits")
+        raise ValueError(f"--resume {path} is of another model ({', '.join(model_changed)}); "
+                         f"--finetune takes over what fits")
     return {**state, "changed": changed}
 
 
@@ -336,11 +345,13 @@ def draw_predictions(rows, dataset, threshold=0.7):
 
 
 def append_json(path, record):
+    """One more line of a log file."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def clock(seconds):
+    """Hours, minutes and seconds, 1:02:03."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
@@ -348,22 +359,27 @@ def memory_gb(device):
     """Peak memory in GB: of the GPU, or of this process."""
     if "cuda" in device:
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def interval_line(r, steps):
-    return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f} (ce {r['loss_ce']:.3f} "
-            f"bbox {r['loss_bbox']:.3f} giou {r['loss_giou']:.3f})  wrong class {r['class_error']:3.0f}%  "
-            f"lr {r['lr']:.1e}  {r['images_per_s']:.1f} images/s  data {r['data_share']:.0%}  "
+    """What the terminal shows of a record of steps.txt."""
+    return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f} "
+            f"(ce {r['loss_ce']:.3f} bbox {r['loss_bbox']:.3f} giou {r['loss_giou']:.3f})  "
+            f"wrong class {r['class_error']:3.0f}%  lr {r['lr']:.1e}  "
+            f"{r['images_per_s']:.1f} images/s  data {r['data_share']:.0%}  "
             f"{r['memory_gb']:.1f} GB  eta {clock(r['eta_s'])}")
 
 
 def epoch_record(sums, steps, loss_cfg):
     """The epoch's means by the official log's names: the losses weighted, and again "_unscaled"."""
+    coefs = {"ce": loss_cfg.ce_loss_coef, "bbox": loss_cfg.bbox_loss_coef,
+             "giou": loss_cfg.giou_loss_coef}
     record = {}
-    for name, value in sums.items():
-        coef = getattr(loss_cfg, "_".join(name.split("_")[1::-1]) + "_coef", None)  # loss_ce_0: ce_loss_coef
-        record[f"train_{name}"] = value / steps * (1 if coef is None else coef)
+    for name, value in sums.items():                                 # loss, loss_ce, loss_ce_0, ...
+        term = name.split("_")[1] if name.startswith("loss_") else ""
+        record[f"train_{name}"] = value / steps * coefs.get(term, 1)
         if name != "loss":
             record[f"train_{name}_unscaled"] = value / steps
     return record
@@ -413,40 +429,45 @@ def prepare_model(model_cfg, cfg, state, device, say):
         try:
             optimizer.load_state_dict(state["optimizer"])
         except ValueError:
-            raise ValueError("--resume: the optimizer's state is of other trained tensors; --lr_backbone "
-                             "cannot change between 0 and more, --finetune starts anew") from None
+            raise ValueError("--resume: the optimizer's state is of other trained tensors; "
+                             "--lr_backbone cannot change between 0 and more, --finetune starts "
+                             "anew") from None
         for group, options in zip(optimizer.param_groups, now):
             group.update(options)                  # as given now, not as in the file
     wrapped = torch.compile(model) if cfg.compile else model
     if dist.is_initialized():
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if "cuda" in device else None,
-                                          gradient_as_bucket_view=True)
+        ids = [device] if "cuda" in device else None
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
     return model, wrapped, optimizer
 
 
-def banner(cfg, model, train, val, steps, world, device, dtype, loader):
+def banner(cfg, model, train, val, loader, world, where):
     """What was decided, before the first step."""
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    c, steps = model.cfg, loader.batch_sampler.steps
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     most = int(np.diff(train.offsets).max())
-    c = model.cfg
-    origin = (f"COCO files, {data_paths(cfg, 'train')[0]}" if cfg.kind == "coco" else
-              f"built-in shapes, {cfg.image_size} pixels (no --data, and no folder data/coco)")
-    overfit = f", --overfit: {len(val)} images, each {OVERFIT_REPEATS} times" if cfg.overfit else ""
+    data = (f"COCO files, {data_paths(cfg, 'train')[0]}" if cfg.kind == "coco" else
+            f"built-in shapes, {cfg.image_size} pixels (no --data, and no folder data/coco)")
+    if cfg.overfit:
+        data += f"; --overfit: {len(val)} images, each {OVERFIT_REPEATS} times an epoch"
     lines = [
-        f"data     {origin}{overfit}",
-        f"         {len(train)} training and {len(val)} validation images, {len(train.classes)} classes, "
-        f"at most {most} objects in an image",
-        f"model    {cfg.model}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}, "
-        f"{n:,d} trained parameters, {c.backbone} ({c.backbone_norm} norm)",
-        f"run      {world} process(es), {device}, {str(dtype)[6:]}, {loader.num_workers} loader worker(s) each; "
-        f"{steps} steps per epoch of {cfg.batch_size} images, {cfg.epochs} epochs = {steps * cfg.epochs} steps",
-        f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, predictions.jpg"]
+        f"data     {data}",
+        f"         {len(train)} training and {len(val)} validation images, "
+        f"{len(train.classes)} classes, at most {most} objects in an image",
+        f"model    {cfg.model}, encoder {c.encoder_mixer or c.mixer}, decoder "
+        f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
+        f"         {c.backbone}, {c.backbone_norm} norm",
+        f"run      {world} process(es) on {where}, {loader.num_workers} loader worker(s) each",
+        f"         {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images",
+        f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, "
+        f"predictions.jpg"]
     if most > c.num_queries:
-        lines.append(f"note     {most} objects in an image, but {c.num_queries} queries: the rest cannot be "
-                     f"found, raise --num_queries")
-    if cfg.kind == "coco" and not cfg.finetune and not cfg.overfit and steps * cfg.epochs < 100_000:
-        lines.append(f"note     {steps * cfg.epochs} steps; a DETR from scratch needs some 300,000: "
-                     f"--finetune official weights")
+        lines.append(f"note     {most} objects in an image, but {c.num_queries} queries: the rest "
+                     f"cannot be found, raise --num_queries")
+    scratch = cfg.kind == "coco" and not cfg.finetune and not cfg.overfit
+    if scratch and steps * cfg.epochs < 100_000:
+        lines.append(f"note     {steps * cfg.epochs} steps; a DETR from scratch needs some "
+                     f"300,000: think of --finetune with official weights")
     return "\n".join(lines)
 
 
@@ -478,7 +499,8 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
 
     train_set, val_set = build_datasets(cfg)
     model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
-    configs = dict(model_config=asdict(model_cfg), loss_config=asdict(loss_cfg), train_config=asdict(cfg))
+    configs = dict(model_config=asdict(model_cfg), loss_config=asdict(loss_cfg),
+                   train_config=asdict(cfg))
     state = find_resume(cfg, configs)
     torch.manual_seed(cfg.seed)
     bare, model, optimizer = prepare_model(model_cfg, cfg, state, device, say)
@@ -489,7 +511,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     out = os.path.join(cfg.output_dir, "")
     if rank == 0:
         os.makedirs(out, exist_ok=True)
-    say(banner(cfg, bare, train_set, val_set, steps, world, device, dtype, train_loader))
+    say(banner(cfg, bare, train_set, val_set, train_loader, world, f"{device}, {str(dtype)[6:]}"))
 
     # where the run is: `step` steps of `epoch` are done, their losses add up to `sums`
     epoch, step, sums, best_ap = 0, 0, {}, -1.0
@@ -526,11 +548,12 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 group["lr"] = group["base_lr"] * lr_factor(cfg, at, steps)
             torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)                # dropout
             try:
-                new = train_step(model, optimizer, parts, counts[:3] / world, loss_cfg, cfg, device, dtype)
+                new = train_step(model, optimizer, parts, counts[:3] / world, loss_cfg, cfg,
+                                 device, dtype)
             except ValueError as error:
-                ids = ", ".join(str(train_set.image_ids[t["index"]]) for *_, ts in parts for t in ts)
-                raise ValueError(f"epoch {epoch}, step {step}, image ids {ids}: {error}; a lower --lr "
-                                 f"may help; {out}ckpt.pt is as it was") from None
+                ids = [train_set.image_ids[t["index"]] for *_, targets in parts for t in targets]
+                raise ValueError(f"epoch {epoch}, step {step}, images {[*map(str, ids)]}: {error}; "
+                                 f"a lower --lr may help; {out}ckpt.pt is as it was") from None
             losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
             step, done, count = step + 1, done + 1, count + 1
             if count == cfg.log_every or step == steps or stopping:
@@ -557,15 +580,17 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             say(f"stopped; the same command goes on from {out}ckpt.pt")
             return 130
 
-        record = {"train_lr": optimizer.param_groups[0]["lr"], **epoch_record(sums, steps, loss_cfg)}
+        record = epoch_record(sums, steps, loss_cfg)
+        record["train_lr"] = optimizer.param_groups[0]["lr"]
         epoch, step, sums, is_best = epoch + 1, 0, {}, False
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             result = evaluate(bare, val_loader, device, dtype)
             stats = result["stats"].tolist()
             is_best, best_ap = stats[0] > best_ap, max(best_ap, stats[0])
             record["test_coco_eval_bbox"] = stats
-            say(f"epoch {epoch:3d}/{cfg.epochs}  AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}  "
-                f"AR100 {stats[8]:.3f}  on {len(val_set)} images, {clock(time.time() - begin)} since the start")
+            say(f"epoch {epoch:3d}/{cfg.epochs}  AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  "
+                f"AP75 {stats[2]:.3f}  AR100 {stats[8]:.3f}  on {len(val_set)} images, "
+                f"{clock(time.time() - begin)} since the start")
         save()
         if rank == 0:
             append_json(out + "log.txt", {**record, "epoch": epoch - 1, "n_parameters": sum(
@@ -587,7 +612,7 @@ def main(argv=None):
     rank = os.environ.get("RANK", "0")
     try:
         code = train(*configs, *start_processes(configs[2].device))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         code = f"error{f' on rank {rank}' if rank != '0' else ''}: {error}"
     finally:
         if dist.is_initialized():
