@@ -250,7 +250,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def __init__(self, image_size, max_size, augment, seed):
         self.image_size, self.max_size = image_size, max_size
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed, self.notes = augment, seed, []
 
     def __len__(self):
         return len(self.image_ids)
@@ -311,7 +311,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 def read_json(path, what):
     """The JSON in a file; errors name the file, `what` says what it should hold."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} not found: it should hold {what}") from None
@@ -447,6 +447,7 @@ class CocoDataset(DetectionDataset):
         self.sizes = np.array([(r["height"], r["width"]) for r in images])
         self.files = np.array([r["file_name"].encode() for r in images])
         self._read_annotations(data["annotations"], index)
+        self.notes = self._describe_boxes()
 
     def _read_categories(self, categories, classes):
         """Sets classes and category_ids; returns {category id: class index}."""
@@ -471,6 +472,24 @@ class CocoDataset(DetectionDataset):
         self.boxes, self.area = boxes[order], np.array(area, np.float64)[order]
         self.labels = np.array([index[a["category_id"]] for a in annotations], np.int64)[order]
         self.crowd = np.array([bool(a.get("iscrowd")) for a in annotations], bool)[order]
+
+    def _describe_boxes(self):
+        """Lines for a run's banner: which boxes are not trained on, and what looks wrong."""
+        image = self.columns()["image"]
+        h, w = self.sizes[image].T
+        x1, y1 = self.boxes[:, :2].T
+        x2, y2 = (self.boxes[:, :2] + self.boxes[:, 2:]).T
+        empty = (np.minimum(x2, w) <= np.maximum(x1, 0)) | (np.minimum(y2, h) <= np.maximum(y1, 0))
+        over = (x2 > w + 2) | (y2 > h + 2)
+        lines = [f"         {len(image)} boxes; not trained on: {self.crowd.sum()} crowds, "
+                 f"{empty.sum()} without area inside the image"]
+        if len(image) and over.mean() > 0.2:
+            lines.append(f"note     {over.mean():.0%} of the boxes reach over the border: are they "
+                         f"[x1, y1, x2, y2]? COCO's are [x, y, width, height]")
+        if len(image) and max(x2.max(), y2.max()) <= 1.5:
+            lines.append("note     no box reaches beyond 1.5 pixels: are they relative to the "
+                         "image's size? COCO's are in pixels")
+        return lines
 
     def read(self, i):
         """Image i as an RGB PIL image."""

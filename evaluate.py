@@ -381,10 +381,12 @@ def load_detector(path, dilation=False):
                 "train": state["train_config"]}
     else:
         weights = state.get("model", state) if isinstance(state, dict) else {}
-        if "class_embed.weight" not in weights or "query_embed.weight" not in weights:
+        if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
             raise ValueError(f"{path} holds no detector: give a checkpoint of train.py or an "
                              f"officially released DETR file")
-        model = build_model(official_config(weights, dilation or "dc5" in os.path.basename(path)))
+        args = state.get("args")                                     # of training checkpoints
+        dilation |= "dc5" in os.path.basename(path) or getattr(args, "dilation", False)
+        model = build_model(official_config(weights, dilation, getattr(args, "nheads", 8)))
         K = model.cfg.num_classes
         names = COCO_CLASSES if K == len(COCO_CLASSES) else [f"class {k}" for k in range(K)]
         info = {"classes": list(names), "category_ids": list(range(K)), "train": {}}
@@ -392,7 +394,17 @@ def load_detector(path, dilation=False):
     return model.to(memory_format=torch.channels_last), info
 
 
-def official_config(state, dilation):
+def check_device(device):
+    """The device's name, if it can be used; ValueError otherwise."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
+    return device
+
+
+def official_config(state, dilation, nheads):
     """The ModelConfig of an official DETR's state dict."""
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
@@ -402,7 +414,7 @@ def official_config(state, dilation):
                 (True, 23): "resnet101"}.get((bottleneck, stage3), "")
     ff, C = state["transformer.decoder.layers.0.linear1.weight"].shape
     return ModelConfig(
-        backbone=backbone, dilation=dilation, hidden_dim=C, dim_feedforward=ff,
+        backbone=backbone, dilation=dilation, nheads=nheads, hidden_dim=C, dim_feedforward=ff,
         position_embedding="learned" if "backbone.1.row_embed.weight" in state else "sine",
         enc_layers=count("transformer.encoder.layers."),
         dec_layers=count("transformer.decoder.layers."),
@@ -486,7 +498,7 @@ def main(argv=None):
                         num_workers=args.num_workers, collate_fn=collate)
     print(f"{args.checkpoint}: {model.cfg.backbone}, {model.cfg.mixer}; {len(dataset)} images, "
           f"{sum(map(bool, dataset.classes))} classes; {args.device}, float32")
-    result = evaluate(model.to(args.device), loader, args.device)
+    result = evaluate(model.to(check_device(args.device)), loader, args.device)
     print(summary(result) + "\n\n" + class_table(result))
     if args.save_json:
         with open(args.save_json, "w") as file:
@@ -497,5 +509,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).split('ValueError: ')[-1].strip()}")

@@ -61,17 +61,21 @@ class ModelConfig:
             optional = field in ("encoder_mixer", "decoder_mixer")
             if value not in known and not (value == "" and optional):
                 raise ValueError(f"--{field} {value} is unknown, use one of: {', '.join(known)}")
-        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
+        C, nh = self.hidden_dim, self.nheads
+        if nh < 1 or C < 1 or C % nh or C % 4:
             raise ValueError(f"--hidden_dim {self.hidden_dim} must be a multiple of --nheads "
                              f"{self.nheads} and of 4 (sine and cosine, rows and columns)")
         if self.dilation and RESNETS[self.backbone][0] is BasicBlock:
             raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for "
                              f"{self.backbone}")
+        if not self.position_temperature > 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"--position_temperature {self.position_temperature} must be over 0, "
+                             f"--dropout {self.dropout} at least 0 and below 1")
         if self.pool_size % 2 == 0:
             raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
-        for field, least in (("enc_layers", 0), ("dec_layers", 1), ("num_queries", 1),
-                             ("token_dim", 1), ("grid_rows", 1), ("grid_cols", 1),
-                             ("num_classes", 1), ("pool_size", 1)):
+        for field in ("dec_layers", "num_queries", "dim_feedforward", "token_dim", "grid_rows",
+                      "grid_cols", "num_classes", "pool_size", "enc_layers"):
+            least = 0 if field == "enc_layers" else 1
             if getattr(self, field) < least:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least {least}")
 

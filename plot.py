@@ -49,9 +49,9 @@ def main(argv=None):
         tested = [r for r in records if "test_coco_eval_bbox" in r]
         for axis, number in zip(axes, (0, 1)):
             curve = [r["test_coco_eval_bbox"][number] for r in tested]
-            axis.plot([r["epoch"] + 1 for r in tested], curve, label=label(path))
+            axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
         axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
-                     label=label(path))
+                     marker=".", label=label(path))
     for axis, title in zip(axes, ("AP", "AP50", "training loss")):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)

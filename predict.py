@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data import draw_boxes, plan_validation, read_image
-from evaluate import load_detector, postprocess
+from evaluate import check_device, load_detector, postprocess
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -67,21 +67,27 @@ def main(argv=None):
     args = parse_args(argv)
     files = find_images(args.images)
     model, info = load_detector(args.checkpoint, args.dilation)
-    model = model.eval().to(args.device)
+    model = model.eval().to(check_device(args.device))
     size = (args.image_size or info["train"].get("image_size", 800),
             args.max_size or info["train"].get("max_size", 1333))
     os.makedirs(args.out, exist_ok=True)
-    results, written = [], set()
+    results, written, failed = [], set(), 0
     for path in files:
-        image = read_image(path)
+        try:
+            image = read_image(path)
+        except ValueError as error:                  # the others are still worth having
+            print(f"error: {error}")
+            results.append({"file": path, "error": str(error)})
+            failed += 1
+            continue
         found = detect_image(model, image, *size)
         keep = np.flatnonzero(found["scores"] >= args.threshold)[:args.top]
         boxes, scores = found["boxes"][keep], found["scores"][keep]
         names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]
         stem, n = os.path.splitext(os.path.basename(path))[0], 2
-        name = f"{stem}.jpg"
+        name = f"{stem}_detections.jpg"              # never the name of a photo given
         while name in written:                       # the same name in another folder
-            name, n = f"{stem}_{n}.jpg", n + 1
+            name, n = f"{stem}_detections_{n}.jpg", n + 1
         written.add(name)
         draw_boxes(image, boxes, names, scores).save(os.path.join(args.out, name), quality=92)
         results.append({"file": path, "drawn": name, "width": image.width, "height": image.height,
@@ -93,11 +99,13 @@ def main(argv=None):
         print(f"{path}: {', '.join(f'{c} {s:.2f}' for c, s in zip(names, scores)) or 'nothing'}")
     with open(os.path.join(args.out, "predictions.json"), "w") as file:
         json.dump(results, file, indent=1)
-    print(f"{len(files)} image(s) drawn, and predictions.json, in {args.out}")
+    print(f"{len(files) - failed} image(s) drawn, and predictions.json, in {args.out}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -36,6 +36,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import evaluate
+import predict
 import train
 from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_to_xyxy,
                   EvalSampler, generalized_box_iou, overlap, Plan, plan_training, read_image,
@@ -1275,19 +1276,6 @@ def evaluated(rank=0, world=1):
     return result["detections"], torch.tensor(result["stats"])
 
 
-def shared_buffers(rank):
-    """Frozen buffers before and after share_buffers; running means that were `rank` + 1."""
-    torch.manual_seed(0)
-    frozen = build_model("detr_tiny", backbone_norm="frozen")
-    ordinary = build_model("detr_tiny", backbone_norm="batch")
-    for buffer in frozen.buffers():
-        torch.nn.init.uniform_(buffer)
-    before = [buffer.clone() for buffer in frozen.buffers()]
-    ordinary.backbone[0].body.bn1.running_mean.fill_(rank + 1)
-    train.share_buffers(frozen), train.share_buffers(ordinary)
-    return before, list(frozen.buffers()), ordinary.backbone[0].body.bn1.running_mean
-
-
 FROZEN = [*TINY, "--backbone_norm", "frozen", "--dropout", "0"]  # equal for any split of a batch
 
 
@@ -1298,7 +1286,7 @@ def rank_job(rank, world, ports, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0])
     assert train.start_processes("cpu") == (rank, world, "cpu")
-    saved = {"evaluated": evaluated(rank, world), "buffers": shared_buffers(rank)}
+    saved = {"evaluated": evaluated(rank, world)}
     for mixer in MIXERS if world == 2 else ():
         for empty in (False, True):
             model = mixer_model(mixer)
@@ -1371,13 +1359,6 @@ def test_detections_and_ap_are_the_same_at_1_2_and_3_ranks(ranks):
     for saved in ranks[0].values():
         assert torch.equal(saved["evaluated"][0], detections)
         assert torch.equal(saved["evaluated"][1], stats)
-
-
-def test_running_statistics_are_those_of_rank_0_in_the_end(ranks):
-    for (world, _), saved in ranks[0].items():
-        before, after, running = saved["buffers"]
-        assert all(map(torch.equal, before, after)), world        # not even rounded
-        torch.testing.assert_close(running, torch.ones_like(running))
 
 
 def test_two_ranks_train_as_one_does(ranks, tmp_path):
@@ -1508,13 +1489,14 @@ def test_other_options_in_the_same_folder_are_an_error_with_both_ways_out(tmp_pa
     assert "--hidden_dim 32 -> 64" in message and "--finetune" in message
 
 
-def test_resuming_from_something_else_is_an_error_that_names_the_file(tmp_path):
+def test_resuming_from_something_else_is_an_error_that_names_the_file(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no checkpoint")
     torch.save({"model": {}}, tmp_path / "weights.pth")
     for name, hint in (("notes.txt", "not a checkpoint"), ("weights.pth", "--finetune"),
                        ("gone.pt", "not found")):
-        message = run(*TINY, "--resume", tmp_path / name)
-        assert message.startswith("error") and name in message and hint in message
+        assert run(*TINY, "--resume", tmp_path / name) == 2
+        message = capsys.readouterr().err
+        assert "error: " in message and name in message and hint in message
 
 
 # -- learning rate -------------------------------------------------------------------------------
@@ -1759,3 +1741,39 @@ def test_without_a_network_the_error_says_which_file_goes_where(tmp_path, monkey
         assert word in message
     with pytest.raises(ValueError, match="resnet_tiny.*none"):    # nothing is published for it
         load_backbone(build_model("detr_tiny", **SMALL), "imagenet")
+
+
+def test_resume_takes_the_options_of_the_checkpoint_and_writes_over_no_other_run(tmp_path):
+    assert run(*TINY, "--epochs", 1, "--mixer", "pool", "--output_dir", tmp_path / "a") == 0
+    assert run(*TINY, "--epochs", 1, "--output_dir", tmp_path / "b") == 0
+    resume = "--resume", tmp_path / "a/ckpt.pt", "--epochs", 2
+    assert "other options" in run(*resume, "--output_dir", tmp_path / "b")
+    assert run(*resume) == 0                                      # goes on in a/, with the pool mixer
+    state = checkpoint(tmp_path / "a/ckpt.pt")
+    assert state["epoch"] == 2 and state["model_config"]["mixer"] == "pool"
+    assert run(*resume, "--output_dir", tmp_path / "a") == 0      # the same again is finished
+    assert len(lines(tmp_path / "a/log.txt")) == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    message = run(*TINY, "--lr", 1e38, "--warmup_steps", 0, "--log_every", 100,
+                  "--output_dir", tmp_path)
+    assert message.startswith("error") and "epoch 0" in message and "finite" in message
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = build_model("detr_r18", num_classes=91, enc_layers=1, dec_layers=1)
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    Image.new("L", (40, 30), 99).save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    photo = (tmp_path / "a.jpg").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        predict.main([str(tmp_path / "w.pth"), str(tmp_path), "--out", str(tmp_path), "--threshold",
+                      "0", "--top", "3", "--image_size", "64", "--device", "cpu"])
+    assert stop.value.code == 1 and (tmp_path / "a.jpg").read_bytes() == photo
+    good, bad = json.load(open(tmp_path / "predictions.json"))
+    assert "b.jpg" in bad["error"] and Image.open(tmp_path / good["drawn"]).size == (40, 30)
+    scores = [d["score"] for d in good["detections"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)

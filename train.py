@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -87,16 +86,16 @@ class TrainConfig:
                       "eval_every", "eval_batch_size", "log_every", "image_size", "max_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
-        for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit",
+        for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit", "seed",
                       "warmup_steps"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"--{field} {getattr(self, field)} must be 0 or a positive number")
+        if self.num_workers < -1:
+            raise ValueError(f"--num_workers {self.num_workers} must be -1 (by the cores) or more")
         paths = self.train_json, self.train_images, self.val_json, self.val_images
         if any(paths) and not all(paths) or self.data and any(paths):
             raise ValueError("give --data DIR alone, or all four of --train_json, --train_images, "
                              "--val_json and --val_images")
-        if self.finetune and self.resume:
-            raise ValueError("--finetune starts a run, --resume goes on with one: give one of them")
         if self.max_size < self.image_size:
             raise ValueError(f"--max_size {self.max_size} is less than --image_size "
                              f"{self.image_size}")
@@ -146,9 +145,17 @@ def read_options(argv, *configs):
 
 
 def make_configs(given):
-    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the preset
-    of the kind of data, else the model's own values and the defaults. Raises ValueError."""
+    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the options
+    of the --resume checkpoint, else the preset of the kind of data, else the model's own values and
+    the defaults. Raises ValueError."""
     given, sources = dict(given), ("data", "train_json", "train_images", "val_json", "val_images")
+    if given.get("resume"):
+        if given.get("finetune"):
+            raise ValueError("--finetune starts a run, --resume goes on with one: give one of them")
+        state = read_run(given["resume"])
+        folder = os.path.dirname(given["resume"]) or "."
+        given = {**state["model_config"], **state["loss_config"], **state["train_config"],
+                 "output_dir": folder, "finetune": "", **given}
     if not any(given.get(k) for k in sources) and os.path.isdir("data/coco"):
         given["data"] = "data/coco"
     kind = "coco" if any(given.get(k) for k in sources) else "shapes"
@@ -201,13 +208,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def share_buffers(model):
-    """Running statistics of ordinary batch norm differ by process until rank 0's go to all."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 # -- data, model, optimizer ----------------------------------------------------------------------
 
 def data_paths(cfg, split):
@@ -236,6 +236,8 @@ def build_datasets(cfg):
     if cfg.overfit:
         return train.keep(cfg.overfit, OVERFIT_REPEATS), build("train").keep(cfg.overfit)
     val = build("val", classes=train.classes)
+    if not len(train.boxes):
+        raise ValueError(f"{train.json_path} has no annotations, there is nothing to learn")
     if cfg.kind == "coco" and val.missing:
         raise ValueError(f"{val.json_path} lacks categories that {train.json_path} has: "
                          f"{val.missing[:20]}; both must list the same ones")
@@ -287,36 +289,47 @@ def lr_factor(cfg, step, steps_per_epoch):
 FREE = {"resume", "output_dir", "num_workers", "log_every", "device"}
 
 
-def save_checkpoint(path, state):
-    """Written whole or not at all; the file before it stays as *_prev.pt."""
+def save_checkpoint(path, state, keep_previous=True):
+    """Written whole or not at all; the file before it stays as *_prev.pt if asked for."""
     torch.save(state, path + ".tmp")
-    if os.path.exists(path):
+    if keep_previous and os.path.exists(path):
         shutil.copyfile(path, path + ".tmp2")
         os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
     os.replace(path + ".tmp", path)
 
 
-def find_resume(cfg, configs):
-    """The state to go on from, or None: that of --resume, or of --output_dir if its options are the
-    same ones; ValueError that lists those which differ."""
-    path = cfg.resume or os.path.join(cfg.output_dir, "ckpt.pt")
-    if not cfg.resume and not os.path.exists(path):
-        return None
-    state = read_checkpoint(path)
+def read_run(path):
+    """The state of a checkpoint of train.py. Raises ValueError for anything else."""
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; the one before it is kept as "
+                         f"{path[:-len('.pt')]}_prev.pt") from None
     if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
-        raise ValueError(f"--resume {path} is no checkpoint of train.py; to start from other "
+        raise ValueError(f"{path} is no checkpoint of train.py to go on from; to start from other "
                          f"weights use --finetune")
-    changed = []
-    for name, config in configs.items():
-        changed += [f"--{k} {state[name].get(k)!r} -> {v!r}" for k, v in config.items()
-                    if k not in FREE and state[name].get(k) != v]
-    if changed and not cfg.resume:
+    return state
+
+
+def find_resume(cfg, configs):
+    """The state to go on from, or None.
+
+    It is that of --output_dir if its options are these, else that of --resume, whose options may
+    differ ("changed" lists them). Raises ValueError rather than write over another run.
+    """
+    path = os.path.join(cfg.output_dir, "ckpt.pt")
+    own = os.path.exists(path)
+    if not own and not cfg.resume:
+        return None
+    state = read_run(path if own else cfg.resume)
+    changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
+               for k, v in config.items() if k not in FREE and state[name].get(k) != v]
+    if changed and own and not (cfg.resume and os.path.samefile(path, cfg.resume)):
         raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
                          f"another --output_dir for a new run, or --resume {path} to go on with "
                          f"the new options")
-    model_changed = [c for c in changed if c[2:].split()[0] in state["model_config"]]
-    if model_changed:
-        raise ValueError(f"--resume {path} is of another model ({', '.join(model_changed)}); "
+    if any(c[2:].split()[0] in state["model_config"] for c in changed):
+        raise ValueError(f"--resume {cfg.resume} is of another model ({', '.join(changed)}); "
                          f"--finetune takes over what fits")
     return {**state, "changed": changed}
 
@@ -359,6 +372,10 @@ def memory_gb(device):
     """Peak memory in GB: of the GPU, or of this process."""
     if "cuda" in device:
         return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:                                              # Windows has none
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024                   # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -404,20 +421,23 @@ def train_step(model, optimizer, parts, counts, loss_cfg, cfg, device, dtype):
         for name, value in losses.items():
             share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
             totals[name] = totals.get(name, 0) + share * value.detach()
-    if cfg.clip_max_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm)
+    limit = cfg.clip_max_norm or math.inf
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()
     optimizer.zero_grad()
     return totals
 
 
-def prepare_model(model_cfg, cfg, state, device, say):
+def prepare_model(model_cfg, cfg, state, classes, device, say):
     """The bare model with its first weights, what DDP or compile made of it, and its optimizer."""
     model = build_model(model_cfg)
     if state:
         model.load_state_dict(state["model"])
     elif cfg.finetune:
-        report = load_weights(model, cfg.finetune, strict=False)
+        source = read_checkpoint(cfg.finetune)
+        if isinstance(source, dict) and source.get("classes", classes) != classes:
+            source["model"] = {k: v for k, v in source["model"].items() if "class_embed" not in k}
+        report = load_weights(model, source, strict=False)
         say(f"weights of {cfg.finetune}", *(report or ["all taken"]), sep="\n  ")
     elif cfg.backbone_weights != "none":
         report = load_backbone(model, cfg.backbone_weights)
@@ -454,6 +474,7 @@ def banner(cfg, model, train, val, loader, world, where):
         f"data     {data}",
         f"         {len(train)} training and {len(val)} validation images, "
         f"{len(train.classes)} classes, at most {most} objects in an image",
+        *train.notes,
         f"model    {cfg.model}, encoder {c.encoder_mixer or c.mixer}, decoder "
         f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
         f"         {c.backbone}, {c.backbone_norm} norm",
@@ -478,6 +499,8 @@ def catch_signals():
     def handler(number, frame):
         if flag["stop"] and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not flag["stop"] and os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this step or evaluation (Ctrl-C again: at once)", flush=True)
         flag["stop"] = 1.0
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -503,7 +526,8 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                    train_config=asdict(cfg))
     state = find_resume(cfg, configs)
     torch.manual_seed(cfg.seed)
-    bare, model, optimizer = prepare_model(model_cfg, cfg, state, device, say)
+    bare, model, optimizer = prepare_model(model_cfg, cfg, state, train_set.classes,
+                                          device, say)
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
     sampler, dtype = train_loader.batch_sampler, choose_dtype(cfg, device)
     steps = sampler.steps
@@ -521,12 +545,13 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     if epoch >= cfg.epochs:
         say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
 
-    def save():
+    def save(keep_previous):
         if rank == 0:
-            save_checkpoint(out + "ckpt.pt", dict(
+            state = dict(
                 format=1, **configs, classes=train_set.classes, category_ids=train_set.category_ids,
                 epoch=epoch, step=step, sums=sums, best_ap=best_ap, model=bare.state_dict(),
-                optimizer=optimizer.state_dict()))
+                optimizer=optimizer.state_dict())
+            save_checkpoint(out + "ckpt.pt", state, keep_previous)
 
     interrupt, begin, done = catch_signals(), time.time(), 0
     while epoch < cfg.epochs:
@@ -560,6 +585,11 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 # the only place, besides the matching, where the host waits for the device
                 total = sum_over_processes(torch.stack(list(losses.values())).cpu()) / world
                 losses = dict(zip(losses, total.tolist()))
+                if not all(map(math.isfinite, losses.values())):     # before anything is saved
+                    bad = [k for k, v in losses.items() if not math.isfinite(v)]
+                    raise ValueError(f"epoch {epoch}, among the {count} steps up to step {step}: "
+                                     f"{', '.join(bad[:3])} not finite; a lower --lr may help; "
+                                     f"{out}ckpt.pt is as it was")
                 sums = {k: sums.get(k, 0.0) + v for k, v in losses.items()}
                 seconds = time.time() - since
                 record = dict(
@@ -574,8 +604,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 losses, count, waited, since = {}, 0, 0.0, time.time()
             if stopping:
                 break
-        share_buffers(bare)
-        save()                                       # before the evaluation, which may fail
+        save(keep_previous=True)                     # before the evaluation, which may fail
         if stopping:                                 # not interrupt: all processes leave together
             say(f"stopped; the same command goes on from {out}ckpt.pt")
             return 130
@@ -591,7 +620,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             say(f"epoch {epoch:3d}/{cfg.epochs}  AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  "
                 f"AP75 {stats[2]:.3f}  AR100 {stats[8]:.3f}  on {len(val_set)} images, "
                 f"{clock(time.time() - begin)} since the start")
-        save()
+        save(keep_previous=False)
         if rank == 0:
             append_json(out + "log.txt", {**record, "epoch": epoch - 1, "n_parameters": sum(
                 p.numel() for p in bare.parameters() if p.requires_grad)})
@@ -607,13 +636,16 @@ def main(argv=None):
     parser, given = read_options(argv, TrainConfig, ModelConfig, LossConfig)
     try:
         configs = make_configs(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     rank = os.environ.get("RANK", "0")
     try:
         code = train(*configs, *start_processes(configs[2].device))
     except (ValueError, OSError) as error:
-        code = f"error{f' on rank {rank}' if rank != '0' else ''}: {error}"
+        text = str(error).split("ValueError: ")[-1].strip()          # without a worker's traceback
+        code = f"error{f' on rank {rank}' if rank != '0' else ''}: {text}"
+    except KeyboardInterrupt:
+        code = 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
