@@ -332,12 +332,14 @@ def is_id(v):
 
 
 def check_coco(data, path="annotations", image_dir=None):
-    """All faults of a COCO instances dict: a list of sentences, empty for a sound file.
+    """All faults of a COCO instances dict, or file: a list of sentences, empty for a sound one.
 
     Each names the record by its id, the field and the value. With image_dir, files that are not
     there are faults too. What training handles by itself is none: crowds, boxes that reach over the
     border, boxes of zero width or height, images without annotations.
     """
+    if isinstance(data, (str, os.PathLike)):
+        data, path = read_json(data, "a COCO instances file"), data
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             return [f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
@@ -372,10 +374,11 @@ def check_categories(categories, path):
     """The faults of a COCO file's categories: a list of sentences."""
     names, faults = set(), []
     for record in categories:
-        name = record.get("name")
-        if not isinstance(name, str) or name in names:
-            faults.append(f"{path}: category {record.get('id')!r}: name {name!r} "
-                          f"{'occurs twice' if isinstance(name, str) else 'is not a string'}")
+        who, name = f"{path}: category {record.get('id')!r}", record.get("name")
+        if not isinstance(name, str):
+            faults.append(f"{who}: name {name!r} is not a string")
+        elif name in names:
+            faults.append(f"{who}: name {name!r} occurs twice, rename one or merge the two")
         else:
             names.add(name)
     return faults if categories else [f"{path}: the list of categories is empty"]

@@ -1748,7 +1748,7 @@ def test_resume_takes_the_options_of_the_checkpoint_and_writes_over_no_other_run
     assert run(*TINY, "--epochs", 1, "--output_dir", tmp_path / "b") == 0
     resume = "--resume", tmp_path / "a/ckpt.pt", "--epochs", 2
     assert "other options" in run(*resume, "--output_dir", tmp_path / "b")
-    assert run(*resume) == 0                                      # goes on in a/, with the pool mixer
+    assert run(*resume) == 0                                      # in a/, with the pool mixer
     state = checkpoint(tmp_path / "a/ckpt.pt")
     assert state["epoch"] == 2 and state["model_config"]["mixer"] == "pool"
     assert run(*resume, "--output_dir", tmp_path / "a") == 0      # the same again is finished
