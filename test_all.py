@@ -295,7 +295,7 @@ def test_each_kind_of_fault_in_a_coco_file_is_found_and_named(tmp_path, key, k, 
 def test_missing_annotation_ids_are_no_fault_and_what_is_no_coco_file_is_one(tmp_path):
     nameless = {"image_id": 2, "category_id": 13, "bbox": [1.5, 2, 3, 4]}
     assert len(CocoDataset(*write_coco(tmp_path, annotations=[nameless, nameless])).boxes) == 2
-    for wrong in ([], {}, {"images": [], "annotations": {}, "categories": []}, "text", None):
+    for wrong in ([], {}, {"images": [], "annotations": {}, "categories": []}, 7, None):
         (fault,) = check_coco(wrong)
         assert 'no list "' in fault
 
