@@ -688,8 +688,10 @@ def load_backbone(model, weights):
 
 def multiply_adds(model, images):
     """Multiply-adds of convolutions and matrix products in one forward pass, by torch's counter."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:                 # fails under inference_mode
+    # plain matrix products: the counter does not know the CPU's fused attention, nor inference_mode
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(images)
     return counter.get_total_flops() // 2
 

@@ -45,7 +45,8 @@ from evaluate import coco_eval, evaluate_columns, summary
 from losses import LossConfig, loss_counts, set_loss
 from matcher import match
 from model import (AttentionMixer, build_model, Decoder, Encoder, LearnedPosition, load_backbone,
-                   load_weights, MIXERS, ModelConfig, PIXEL_MEAN, PIXEL_STD, ResNet, SinePosition)
+                   load_weights, MIXERS, ModelConfig, multiply_adds, PIXEL_MEAN, PIXEL_STD,
+                   ResNet, SinePosition)
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -1777,3 +1778,12 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone(tmp_path, ca
     assert "b.jpg" in bad["error"] and Image.open(tmp_path / good["drawn"]).size == (40, 30)
     scores = [d["score"] for d in good["detections"]]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+def test_multiply_adds_count_the_attention():
+    cfg = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=1)
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)             # 8 x 8 tokens, 12 queries
+    count = [multiply_adds(build_model("detr_tiny", mixer=mixer, **cfg).eval(), images)
+             for mixer in ("attention", "identity")]
+    projections, products = 4 * 32 * 32 * (64 + 12), 2 * 32 * (64**2 + 12**2)
+    assert count[0] - count[1] == projections + products
