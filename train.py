@@ -397,7 +397,7 @@ def epoch_record(sums, steps, loss_cfg):
     for name, value in sums.items():                                 # loss, loss_ce, loss_ce_0, ...
         term = name.split("_")[1] if name.startswith("loss_") else ""
         record[f"train_{name}"] = value / steps * coefs.get(term, 1)
-        if name != "loss":
+        if name not in ("loss", "grad_norm"):
             record[f"train_{name}_unscaled"] = value / steps
     return record
 
