@@ -10,6 +10,7 @@ Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) 
 Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentation).
 """
 
+import gc
 import json
 import math
 import os
@@ -310,6 +311,8 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 def read_json(path, what):
     """The JSON in a file; errors name the file, `what` says what it should hold."""
+    collects = gc.isenabled()
+    gc.disable()                # it would walk through all that is read so far, again and again
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
@@ -319,6 +322,9 @@ def read_json(path, what):
         raise ValueError(f"{path} is not valid JSON ({error}): it should hold {what}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}): it should hold {what}") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def is_number(v):

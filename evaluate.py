@@ -3,7 +3,7 @@
     python evaluate.py out/ckpt.pt                                  # its own validation set
     python evaluate.py detr-r50-e632da11.pth --data coco            # officially released weights
     python evaluate.py out/ckpt.pt --val_json a.json --val_images DIR --save_json detections.json
-    python evaluate.py --gt instances.json --dt detections.json     # anybody's detections
+    python evaluate.py --gt instances.json --dt detections.json     # anybody's detections, no model
 
 Papers: COCO, arXiv:1405.0312, and cocodataset.org/#detection-eval; DETR, arXiv:2005.12872.
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -99,10 +100,11 @@ def coco_results(rows, dataset):
             for i, k, score, *box in rows.tolist() if dataset.category_ids[int(k)] is not None]
 
 
-# -- COCO box evaluation -------------------------------------------------------------------------
+# -- COCO evaluation -----------------------------------------------------------------------------
 
 IOU_THRS = np.linspace(0.5, 0.95, 10)
 REC_THRS = np.linspace(0, 1, 101)
+MAX_DETS = (1, 10, 100)                                         # per image and class
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2),
                "large": (96**2, 1e10)}                          # square pixels, borders in both
 
@@ -120,147 +122,211 @@ def count_before(group):
     return rank
 
 
+def with_cells(gt, dt):
+    """Both with "cell", a number for each class and image; the ground truth in order of it."""
+    images = 1 + max(columns["image"].max(initial=0) for columns in (gt, dt))
+    gt, dt = (dict(c, cell=c["category"] * images + c["image"]) for c in (gt, dt))
+    return take(gt, np.argsort(gt["cell"], kind="stable")), dt
+
+
+def box_overlap(dt, gt, crowd):
+    """IoU of pairs of boxes (P, 4) x, y, w, h, (P,); with a crowd, the share of dt inside it."""
+    (dx, dy, dw, dh), (gx, gy, gw, gh) = dt.T, gt.T
+    w = np.fmin(dx + dw, gx + gw) - np.fmax(dx, gx)             # fmin: a NaN counts as absent
+    h = np.fmin(dy + dh, gy + gh) - np.fmax(dy, gy)
+    union = np.where(crowd, dw * dh, dw * dh + gw * gh - w * h)
+    return np.divide(w * h, union, out=np.zeros(len(dt)), where=~((w <= 0) | (h <= 0)))
+
+
 def find_pairs(gt, dt, least_iou):
-    """Detections and ground truths of one class whose boxes overlap by `least_iou` or more.
+    """Detections and ground truths of one cell, image and class, that overlap by least_iou.
 
-    Columns as in evaluate_columns, gt in order of image. Returns rows d of dt (P,), rows g of gt
-    (P,) and iou (P,). With a crowd the overlap is the share of the detection that lies inside.
+    Columns as in evaluate_columns, and "cell" int64, by which gt is sorted. Returns rows d of dt
+    (P,), rows g of gt (P,) and iou (P,), by ascending d, falling iou and falling g.
     """
-    pairs, D = [], len(dt["image"])
-    for block in np.array_split(np.arange(D), D // 4096 + 1):   # bounds the memory
-        first = np.searchsorted(gt["image"], dt["image"][block])
-        count = np.searchsorted(gt["image"], dt["image"][block], side="right") - first
-        d = np.repeat(block, count)                             # a detection, and its image's
-        g = np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(d))  # first, +1, ...
-        (dx, dy, dw, dh), (gx, gy, gw, gh) = dt["box"][d].T, gt["box"][g].T
-        w = np.minimum(dx + dw, gx + gw) - np.maximum(dx, gx)
-        h = np.minimum(dy + dh, gy + gh) - np.maximum(dy, gy)
-        union = np.where(gt["crowd"][g], dw * dh, dw * dh + gw * gh - w * h)
-        iou = np.divide(w * h, union, out=np.zeros(len(d)), where=(w > 0) & (h > 0))
-        keep = iou >= least_iou
+    first = np.searchsorted(gt["cell"], dt["cell"])
+    count = np.searchsorted(gt["cell"], dt["cell"], side="right") - first
+    rows, pairs = np.flatnonzero(count), []
+    blocks = np.cumsum(count[rows]) // 2**17                    # of pairs: bounds the memory
+    for rows in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1):
+        n = count[rows]
+        d = np.repeat(rows, n)                                  # a detection, and its cell's
+        g = np.repeat(first[rows] - np.cumsum(n) + n, n) + np.arange(len(d))    # first, +1, ...
+        iou = box_overlap(dt["box"][d], gt["box"][g], gt["crowd"][g])
+        if "mask" in dt and iou.any():                          # masks meet only where boxes do
+            i = np.flatnonzero(iou)
+            iou[i] = mask_overlap(dt["mask"][d[i]], gt["mask"][g[i]], gt["crowd"][g[i]])
+        keep = ~(iou < least_iou)                               # NaN too
         pairs.append((d[keep], g[keep], iou[keep]))
-    return [np.concatenate(column) for column in zip(*pairs)]
+    d, g, iou = (np.concatenate(column) for column in zip(*pairs))
+    order = np.lexsort((-g, -iou, d))                           # last key first
+    return d[order], g[order], iou[order]
 
 
-def match_pairs(d, g, iou, image, ignored, crowd, iou_thrs):
-    """Which detections find a ground truth, at each IoU threshold on its own.
+def match_cell(iou, ignored, crowd, iou_thrs):
+    """The ground truth that each detection of a cell finds, at each IoU threshold on its own.
 
-    d, g, iou (P,): the pairs, detections numbered by falling score; image (D,) of the detections;
-    ignored, crowd (G,) bool. Returns bool (T, D) twice: matched, and matched to an ignored one.
-
-    The detection of highest score chooses first: among the ground truths it reaches and nobody
-    has, the one of highest IoU (of equals the last), but any that counts before an ignored one.
-    Crowds are never used up. In this order a pair is a match if both sides are still free. Images
-    are independent, so step s decides the s-th pair of every image at once.
+    iou (D, G), detections by falling score; ignored, crowd (G,) bool. Returns int64 (D, T), -1 for
+    none. The detection of highest score chooses first: among the ground truths it reaches and
+    nobody has, the one of highest IoU (of equals the last), but any that counts before an ignored
+    one. Crowds are never used up.
     """
-    (D,), (G,), T = image.shape, ignored.shape, len(iou_thrs)
-    order = np.lexsort((-g, -iou, ignored[g], d))               # last key first
+    truth = np.full((len(iou), len(iou_thrs)), -1)
+    for t, threshold in enumerate(np.minimum(iou_thrs, 1 - 1e-10)):
+        for d in range(len(iou)):
+            best, m = threshold, -1
+            for g in np.argsort(ignored, kind="stable"):
+                if g in truth[:d, t] and not crowd[g]:
+                    continue
+                if m >= 0 and ignored[g] > ignored[m]:
+                    break
+                if not iou[d, g] < best:                        # true of NaN, whatever best is
+                    best, m = iou[d, g], g
+            truth[d, t] = m
+    return truth
+
+
+def match_pairs(d, g, iou, cell, ignored, crowd, iou_thrs):
+    """match_cell for all cells at once, where no IoU is NaN.
+
+    d, g, iou (P,): pairs as find_pairs gives them, detections numbered by falling score; cell
+    (D,) of the detections; ignored, crowd (G,) bool. Returns int64 (D, T), rows of the truth.
+
+    With what counts before what is ignored, a pair is a match if both sides are still free. Cells
+    are independent, so step s decides the s-th pair of every cell.
+    """
+    order = np.argsort(2 * d + ignored[g], kind="stable")
     d, g, iou = d[order], g[order], iou[order]
     reached = iou[:, None] >= np.minimum(iou_thrs, 1 - 1e-10)                       # (P, T)
-    matched, excused, taken = (np.zeros((n, T), bool) for n in (D, D, G))
-    step = count_before(image[d])
+    truth = np.full((len(cell), len(iou_thrs)), -1)
+    taken = np.zeros((len(crowd), len(iou_thrs)), bool)
+    step = count_before(cell[d])
     ends = np.cumsum(np.bincount(step))
-    for pair in np.split(np.argsort(step, kind="stable"), ends[:-1]):               # (images,)
-        di, gi = d[pair], g[pair]                               # no row twice: one pair per image
-        new = reached[pair] & ~matched[di] & ~taken[gi]                             # (images, T)
-        matched[di] |= new
-        excused[di] |= new & ignored[gi, None]
+    for pair in np.split(np.argsort(step, kind="stable"), ends[:-1]):               # (cells,)
+        di, gi = d[pair], g[pair]                               # no row twice: one pair per cell
+        new = reached[pair] & (truth[di] < 0) & ~taken[gi]                          # (cells, T)
+        truth[di] = np.where(new, gi[:, None], truth[di])
         taken[gi] |= new & ~crowd[gi, None]
-    return matched.T, excused.T
+    return truth
 
 
-def precision_at_recall(tp, fp, score, num_gt, rec_thrs):
-    """Precision and score at each recall threshold, and the recall in the end.
+def precision_at_recall(rows, matched, counted, judged, score, num_gt, rec_thrs):
+    """Precision, recall and score of one class, from its N detections by falling score.
 
-    tp, fp (T, N) bool and score (N,), by falling score; a detection may be neither. Returns
-    precision (T, R), recall (T,), scores (T, R); a recall that is never reached has 0 and 0.
+    rows (H,): those that reach a ground truth at all; matched, counted (H, T): that one is theirs,
+    and it is not ignored; judged (N,): wrong if it matches nothing; score (N,). Returns precision
+    and scores (T, R), 0 for a recall that is never reached, and recall (T,) in the end.
     """
-    keep = tp.any(axis=0)               # precision and recall rise at hits only: they are enough,
-    keep[:1] = True                     # with the first detection, where recall 0 is read
-    found, wrong = tp[:, keep].cumsum(axis=1), fp.cumsum(axis=1)[:, keep]           # (T, kept)
+    found = counted.cumsum(axis=0)                                                  # (H, T)
+    wrong = judged.cumsum()[rows, None] - (matched & judged[rows, None]).cumsum(axis=0)
     precision = found / (found + wrong + np.spacing(1))         # so a first hit has 1 - 2.2e-16
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]   # at this recall or above
-    best, score = np.pad(best, ((0, 0), (0, 1))), np.append(score[keep], 0)     # 0: never reached
-    at = np.stack([np.searchsorted(recall, rec_thrs) for recall in found / num_gt])     # (T, R)
-    return np.take_along_axis(best, at, axis=1), tp.sum(axis=1) / num_gt, score[at]
+    best = np.maximum.accumulate(precision[::-1])[::-1]         # at this recall or a higher one
+    best, hit_score = np.vstack([best, 0 * best.sum(axis=0)]), np.append(score[rows], 0)
+    need = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)                # hits, (R,)
+    at = np.stack([np.searchsorted(column, need) for column in found.T])            # (T, R)
+    scores = hit_score[at]
+    scores[:, need == 0] = score[0] if len(score) else 0        # recall 0 is read at the very first
+    return best[at, np.arange(len(at))[:, None]], counted.sum(axis=0) / num_gt, scores
 
 
-def summary_rows(max_dets):
-    """COCO's 12 numbers: (array, IoU threshold or None for all, area, detections), in order."""
-    sizes, most = ("small", "medium", "large"), max_dets[-1]
-    return ([("precision", iou, "all", most) for iou in (None, 0.5, 0.75)]
-            + [("precision", None, size, most) for size in sizes]
-            + [("recall", None, "all", cut) for cut in max_dets]
-            + [("recall", None, size, most) for size in sizes])
-
-
-def mean_over(result, array, iou, area, cut):
-    """Mean of "precision" or "recall" over the classes with ground truth, -1.0 if none has."""
-    x = result[array][..., list(result["area_ranges"]).index(area), result["max_dets"].index(cut)]
-    x = x if iou is None else x[result["iou_thrs"] == iou]
-    x = x[x > -1]
-    return x.mean() if x.size else -1.0
-
-
-def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS,
-                     max_dets=(1, 10, 100), area_ranges=AREA_RANGES):
-    """COCO box evaluation from columns, arrays with one row per box.
+def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
+                     area_ranges=AREA_RANGES, strict=False):
+    """COCO evaluation from columns, arrays with one row per object.
 
     gt: "image" (G,) int64, "category" (G,) int64 below num_classes, "box" (G, 4) float64 x, y, w,
     h in pixels, "area" (G,) float64, "crowd" (G,) bool. dt: "image", "category", "box" alike and
-    "score" (D,) float64. Among equal scores the lower image index comes first, so indices must
-    follow the image ids; within an image the order of rows decides.
+    "score" (D,) float64; "area" if it is not w * h. With "mask" in both, masks are compared, see
+    mask_edges, and the boxes bound them. Among equal scores the lower image index comes first, so
+    indices must follow the image ids; within an image the order of rows decides.
 
     Returns a dict: "precision" and "scores" (T, R, K, A, M), "recall" (T, K, A, M), for IoU
     thresholds, recall thresholds, classes, areas and max_dets, the best detections per image and
-    class; -1 without ground truth. "stats" (12,): AP, AP50, AP75, AP small, medium, large, AR at
-    the three max_dets, AR small, medium, large. "num_gt" (K, A) counts what is not ignored.
+    class; -1 without ground truth. "stats" (12,): see summary_rows, of which strict is an
+    argument. "num_gt" (K, A) counts what is not ignored.
 
     Example, at IoU 0.5: two boxes A and B; detections by score overlap A by 0.8, A by 0.6, B by
     0.7. The first takes A, the second comes too late, the third takes B. Precision 1, 1/2, 2/3
     at recall 1/2, 1/2, 1. Best precision at a recall or above: 1 for the 51 thresholds to 0.5,
     2/3 for the other 50, mean 0.835. AP is the mean of this over IoU thresholds and classes.
 
-    Source: cocoeval.py of the COCO API. Ids play no part here, so a ground truth whose id is 0,
-    which is lost there, counts; AP is at the last of max_dets, there at 100.
+    Source: cocoeval.py of the COCO API.
     """
-    max_dets = sorted(max_dets)
-    if len(max_dets) != 3:
-        raise ValueError(f"max_dets {max_dets} should be three numbers, as in (1, 10, 100)")
+    iou_thrs, max_dets = np.asarray(iou_thrs, np.float64), sorted(max_dets)
     T, R, K, A, M = len(iou_thrs), len(rec_thrs), num_classes, len(area_ranges), len(max_dets)
     precision, scores = np.full((2, T, R, K, A, M), -1.0)
     recall, num_gt = np.full((T, K, A, M), -1.0), np.zeros((K, A), np.int64)
-    gt = take(gt, np.lexsort((gt["image"], gt["category"])))    # last key first, stable
-    dt = take(dt, np.lexsort((dt["image"], -dt["score"], dt["category"])))
-    gt_ends, dt_ends = (np.searchsorted(c["category"], np.arange(K + 1)) for c in (gt, dt))
-    for k in range(K):
-        g, d = take(gt, slice(*gt_ends[k:k + 2])), take(dt, slice(*dt_ends[k:k + 2]))
-        rank = count_before(d["image"])                         # in its image, among this class
-        d, rank = take(d, rank < max_dets[-1]), rank[rank < max_dets[-1]]
-        pairs = find_pairs(g, d, min(*iou_thrs, 1 - 1e-10))
-        area = d["box"][:, 2] * d["box"][:, 3]
-        for a, (low, high) in enumerate(area_ranges.values()):
-            ignored = g["crowd"] | (g["area"] < low) | (g["area"] > high)
-            num_gt[k, a] = np.sum(~ignored)
-            if num_gt[k, a] == 0:
-                continue
-            matched, excused = match_pairs(*pairs, d["image"], ignored, g["crowd"], iou_thrs)
-            outside = (area < low) | (area > high)              # unmatched, these are excused too
-            tp, fp = matched & ~excused, ~(matched | outside)                       # (T, D)
+
+    gt, dt = with_cells(gt, dt)
+    dt = take(dt, np.lexsort((dt["image"], -dt["score"], dt["category"])))  # last key first, stable
+    rank = count_before(dt["cell"])
+    dt, rank = take(dt, rank < max_dets[-1]), rank[rank < max_dets[-1]]
+    d, g, iou = find_pairs(gt, dt, min(*iou_thrs, 1 - 1e-10))
+    odd = np.unique(dt["cell"][d[np.isnan(iou)]])               # cells with NaN boxes, if strict
+    rows, d = np.unique(d, return_inverse=True)                 # the H detections that have a pair
+    dt_ends, row_ends = (np.searchsorted(c, np.arange(K + 1))
+                         for c in (dt["category"], dt["category"][rows]))
+    area = dt["area"] if "area" in dt else dt["box"][:, 2] * dt["box"][:, 3]
+    lost = gt.get("lost", np.zeros(len(gt["cell"]), bool))      # see coco_eval, strict
+
+    for a, (low, high) in enumerate(area_ranges.values()):
+        ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
+        num_gt[:, a] = np.bincount(gt["category"][~ignored], minlength=K)
+        truth = match_pairs(d, g, iou, dt["cell"][rows], ignored, gt["crowd"], iou_thrs)
+        for cell in odd:
+            i, j = (np.flatnonzero(c == cell) for c in (dt["cell"][rows], gt["cell"]))
+            i_j = np.repeat(rows[i], len(j)), np.tile(j, len(i))
+            overlap = box_overlap(dt["box"][i_j[0]], gt["box"][i_j[1]], gt["crowd"][i_j[1]])
+            found = match_cell(overlap.reshape(len(i), -1), ignored[j], gt["crowd"][j], iou_thrs)
+            truth[i] = np.where(found < 0, -1, j[found])
+        matched = (truth >= 0) & ~(lost & ~ignored)[truth]                          # (H, T)
+        counted = matched & ~ignored[truth]
+        judged = ~((area < low) | (area > high))                                    # (D,)
+        for k in np.flatnonzero(num_gt[:, a]):
+            every, some = slice(*dt_ends[k:k + 2]), slice(*row_ends[k:k + 2])
             for m, cut in enumerate(max_dets):
-                n = rank < cut
+                n = rank[rows[some]] < cut
                 precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = \
-                    precision_at_recall(tp[:, n], fp[:, n], d["score"][n], num_gt[k, a], rec_thrs)
+                    precision_at_recall(
+                        rows[some][n] - dt_ends[k], matched[some][n], counted[some][n],
+                        judged[every] & (rank[every] < cut), dt["score"][every],
+                        num_gt[k, a], rec_thrs)
     result = dict(precision=precision, recall=recall, scores=scores, num_gt=num_gt,
-                  iou_thrs=np.asarray(iou_thrs), max_dets=max_dets, area_ranges=area_ranges)
-    result["stats"] = np.array([mean_over(result, *row) for row in summary_rows(max_dets)])
+                  iou_thrs=iou_thrs, rec_thrs=np.asarray(rec_thrs, np.float64),
+                  max_dets=max_dets, area_ranges=area_ranges, strict=strict)
+    result["stats"] = np.array([mean_over(result, *row) for row in summary_rows(max_dets, strict)])
     return result
+
+
+def summary_rows(max_dets, strict=False):
+    """COCO's 12 numbers: (array, IoU threshold or None for all, area, detections), in order.
+
+    AP and the recall by size are at the most detections, the three recalls of all sizes at the
+    first, second and last of max_dets. strict: the third stands for the last, and the first AP is
+    at 100, as in pycocotools; IndexError, as there, if there is no third.
+    """
+    sizes, last = ("small", "medium", "large"), max_dets[2] if strict else max_dets[-1]
+    cuts = max_dets[0], max_dets[:2][-1], last
+    return ([("precision", None, "all", 100 if strict else last)]
+            + [("precision", iou, "all", last) for iou in (0.5, 0.75)]
+            + [("precision", None, size, last) for size in sizes]
+            + [("recall", None, "all", cut) for cut in cuts]
+            + [("recall", None, size, last) for size in sizes])
+
+
+def mean_over(result, array, iou, area, cut):
+    """Mean of "precision" or "recall" over the classes with ground truth, -1.0 if none has."""
+    x = result[array][..., [name == area for name in result["area_ranges"]], :]
+    x = x[..., [n == cut for n in result["max_dets"]]]
+    x = x if iou is None else x[result["iou_thrs"] == iou]
+    x = x[x > -1]
+    return x.mean() if x.size else -1.0
 
 
 def summary(result):
     """The 12 lines that COCO users know, as one string."""
     iou_thrs, lines = result["iou_thrs"], []
-    for (array, iou, area, cut), value in zip(summary_rows(result["max_dets"]), result["stats"]):
+    rows = summary_rows(result["max_dets"], result["strict"])
+    for (array, iou, area, cut), value in zip(rows, result["stats"]):
         name = "Average Precision  (AP)" if array == "precision" else "Average Recall     (AR)"
         span = f"{iou_thrs[0]:.2f}:{iou_thrs[-1]:.2f}" if iou is None else f"{iou:.2f}"
         where = f"IoU={span:<9} | area={area:>6} | maxDets={cut:>3}"
@@ -268,26 +334,173 @@ def summary(result):
     return "\n".join(lines)
 
 
-def read_numbers(records, what, field, *shape):
+# -- masks ---------------------------------------------------------------------------------------
+#
+# A mask of h x w pixels is the list of its edges, int64: the pixels are counted column by column,
+# and its runs go from edge 0 to before edge 1, from edge 2 to before edge 3, and so on.
+
+def mask_edges(segmentation, h, w):
+    """The edges of a COCO segmentation: polygons, or a run-length code, compressed or not.
+
+    Raises ValueError for what is neither, or has not h x w pixels. Source: maskApi.c of the COCO
+    API; the polygons of one object are united.
+    """
+    if isinstance(segmentation, list):
+        if not segmentation:
+            raise ValueError("an empty list of polygons")
+        return unite([polygon_edges(ring, h, w) for ring in segmentation])
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        raise ValueError("neither a list of polygons nor a dict of 'size' and 'counts'")
+    counts = segmentation["counts"]
+    counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+    if list(segmentation["size"]) != [h, w]:
+        raise ValueError(f"size {segmentation['size']} in an image of {[h, w]}, height and width")
+    if counts.dtype.kind != "i" or counts.ndim != 1 or counts.sum() != h * w \
+            or counts.min() < 0 or counts.max() > h * w:
+        raise ValueError(f"counts that are no runs of {h} x {w} = {h * w} pixels")
+    return np.cumsum(counts)[:len(counts) // 2 * 2]             # the first run is background
+
+
+def unpack_counts(text):
+    """Run lengths from COCO's compressed form: 5 bits a character, changes to two runs before."""
+    x = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(int) - 48
+    last = (x & 32) == 0                                        # of its number
+    if not len(x) or (x < 0).any() or (x > 63).any() or not last[-1]:
+        raise ValueError("compressed counts that are cut short or not of this code")
+    number = np.cumsum(last) - last                             # which number a character is of
+    place = count_before(number)
+    if place.max() > 10:
+        raise ValueError("compressed counts with a number beyond all images")
+    sign = np.where(last & (x & 16 > 0), -32 << 5 * place, 0)   # two's complement
+    values = np.zeros(number[-1] + 1, np.int64)
+    np.add.at(values, number, ((x & 31) << 5 * place) + sign)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def polygon_edges(ring, h, w):
+    """Edges of one polygon, x0, y0, x1, y1, ... in pixels: inside by even and odd crossings.
+
+    The outline is walked on a grid five times finer; where it steps from one column of pixels to
+    the next, it crosses there, and a run begins or ends.
+    """
+    ring = np.array(ring)
+    if ring.dtype.kind not in "iuf" or ring.ndim != 1 or len(ring) < 6 or len(ring) % 2:
+        raise ValueError("a polygon that is not x, y of three points or more")
+    if not (np.abs(ring) < 1e6).all():
+        raise ValueError("a polygon with a coordinate beyond a million pixels")
+    x, y = np.trunc(5.0 * ring + 0.5).astype(np.int64).reshape(-1, 2).T
+    x1, y1 = np.roll(x, -1), np.roll(y, -1)
+    length = np.maximum(np.abs(x1 - x), np.abs(y1 - y))         # steps, along the longer axis
+    steep = np.abs(x1 - x) < np.abs(y1 - y)
+    back = np.where(steep, y > y1, x > x1)                      # always rounded walking upwards
+    x, x1, y, y1 = (np.where(back, *p) for p in ((x1, x), (x, x1), (y1, y), (y, y1)))
+    slope = np.where(steep, x1 - x, y1 - y) / np.maximum(length, 1)
+
+    edge = np.repeat(np.arange(len(x)), length + 1)
+    t = count_before(edge)
+    t = np.where(back[edge], length[edge] - t, t)
+    along, across = np.where(steep, y, x)[edge] + t, np.where(steep, x, y)[edge]
+    across = np.trunc(across + slope[edge] * t + 0.5).astype(np.int64)
+    u, v = np.where(steep[edge], across, along), np.where(steep[edge], along, across)
+
+    step = np.flatnonzero(np.diff(u))
+    column = (np.where(u[step + 1] < u[step], u[step + 1], u[step + 1] - 1) + 0.5) / 5 - 0.5
+    row = np.ceil(((np.minimum(v[step], v[step + 1]) + 0.5) / 5 - 0.5).clip(0, h))
+    inside = (column == np.floor(column)) & (column >= 0) & (column <= w - 1)
+    edges = np.sort((column * h + row)[inside].astype(np.int64))
+    return edges if len(edges) % 2 == 0 else np.append(edges, h * w)
+
+
+def unite(masks):
+    """The edges of the union of masks."""
+    edges = np.concatenate(masks)
+    change = np.tile([1, -1], len(edges) // 2)
+    order = np.lexsort((-change, edges))                        # a run that touches goes on
+    depth = np.cumsum(change[order])
+    return edges[order][(depth == 0) | (depth == 1) & (change[order] == 1)]
+
+
+def mask_area(mask):
+    return (mask[1::2] - mask[::2]).sum()
+
+
+def mask_box(mask, h):
+    """x, y, w, h of the box around a mask; a run over several columns spans all rows."""
+    runs = mask.reshape(-1, 2)[mask[1::2] > mask[::2]]          # (runs, 2), without empty ones
+    if not len(runs):
+        return [0, 0, 0, 0]
+    (x, y), (x1, y1) = (divmod(p, h) for p in (runs[:, 0], runs[:, 1] - 1))
+    top, bottom = (0, h - 1) if (x < x1).any() else (y.min(), y1.max())
+    return [x.min(), top, x1.max() - x.min() + 1, bottom - top + 1]
+
+
+def mask_overlap(dt, gt, crowd):
+    """IoU of pairs of masks, two object arrays (P,); with a crowd, the share of dt inside it."""
+    size = 1 + max(mask.max(initial=0) for mask in (*dt, *gt))
+    pair = np.arange(len(dt))
+    (d, d_pair), (g, g_pair) = ((np.concatenate(masks), np.repeat(pair, [len(m) for m in masks]))
+                                for masks in (dt, gt))
+    d, g = d + size * d_pair, g + size * g_pair                 # all pairs on one line of pixels
+    length = d[1::2] - d[::2]
+    i = np.searchsorted(d[1::2], g)                             # first run of dt that ends there
+    before = np.append(0, np.cumsum(length))[i]                 # pixels of dt in the runs before it
+    before += np.maximum(g - np.append(d[::2], g.max(initial=0))[i], 0)             # and in it
+    areas = [np.bincount(owner[::2], pixels, len(pair)) for owner, pixels in (
+        (d_pair, length), (g_pair, g[1::2] - g[::2]), (g_pair, before[1::2] - before[::2]))]
+    union = np.where(crowd, areas[0], areas[0] + areas[1] - areas[2])
+    return np.divide(areas[2], union, out=np.zeros(len(pair)), where=areas[2] > 0)
+
+
+# -- COCO files ----------------------------------------------------------------------------------
+
+def read_numbers(records, what, field, *shape, default=None, strict=False):
     """One field of all records, (n, *shape) float64. ValueError names the first record at fault.
 
-    Numbers must be finite and, where the field is a box, width and height 0 or more.
+    default: one value per record, for a field that is absent or null. Numbers must be finite and,
+    where the field is a box, width and height 0 or more; strict lets these pass.
     """
-    def read(records):
+    def read(records, default):
         try:
+            if default is not None:
+                records = [r if r.get(field) is not None else {field: value}
+                           for r, value in zip(records, default)]
             x = np.array([r[field] for r in records])
-        except (KeyError, TypeError, ValueError):               # absent, no dict, uneven lengths
+        except (AttributeError, KeyError, TypeError, ValueError):   # no dict, absent, uneven
             return None
-        ok = x.dtype.kind in "iuf" and x.shape[1:] == shape and np.isfinite(x).all()
-        return x.astype(np.float64) if ok and (x[..., 2:] >= 0).all() else None
+        ok = x.dtype.kind in "biuf" and x.shape[1:] == shape
+        ok = ok and (strict or np.isfinite(x).all() and (x[..., 2:] >= 0).all())
+        return x.astype(np.float64) if ok else None
 
-    values = read(records) if records else np.zeros((0, *shape))
+    values = read(records, default) if records else np.zeros((0, *shape))
     if values is None:
-        i, r = next((i, r) for i, r in enumerate(records) if read([r]) is None)
+        i, r = next((i, r) for i, r in enumerate(records)
+                    if read([r], None if default is None else default[i:i + 1]) is None)
         wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
         raise ValueError(f"{what} {i} should have {wanted} as its {field}, correct or drop it: "
                          f"{str(r)[:300]}")
     return values
+
+
+def read_masks(records, what, image, sizes):
+    """The masks of all records, object array (n,), and the boxes around them, (n, 4) float64.
+
+    image (n,): index of each one's image, -1 to leave it out; sizes: (height, width) by index.
+    """
+    masks, boxes = np.empty(len(records), object), np.zeros((len(records), 4))
+    for i in np.flatnonzero(image >= 0).tolist():
+        r, (h, w) = records[i], sizes[image[i]]
+        try:
+            if not (type(h) is type(w) is int and h > 0 and w > 0):
+                raise ValueError(f"an image of height {h!r} and width {w!r} in the ground truth")
+            masks[i] = mask_edges(r.get("segmentation"), h, w)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{what} {i} should have polygons or a run-length code of its image's "
+                             f"size as its segmentation, it has {error}: correct or drop it: "
+                             f"{str(r)[:300]}") from None
+        boxes[i] = mask_box(masks[i], h)
+    return masks, boxes
 
 
 def id_index(gt, field):
@@ -299,6 +512,27 @@ def id_index(gt, field):
                          "all str; is this a COCO instances file?") from None
 
 
+def subset(index, chosen, what):
+    """The id -> index of the chosen ids alone; all if chosen is None."""
+    if chosen is None:
+        return index
+    unknown = [i for i in chosen if i not in index]
+    if unknown:
+        raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe(index)}")
+    return {id_: i for i, id_ in enumerate(sorted(set(chosen)))}
+
+
+def look_up(records, what, field, index):
+    """The index of each record's id, int64 (n,), -1 for one that is not there."""
+    try:
+        return np.fromiter((index.get(r[field], -1) for r in records), np.int64, len(records))
+    except (AttributeError, KeyError, TypeError):
+        i, r = next((i, r) for i, r in enumerate(records) if not isinstance(r, dict)
+                    or not isinstance(r.get(field), (int, float, str)))
+        raise ValueError(f"{what} {i} should be a dict with an int or str as its {field}: "
+                         f"{str(r)[:300]}") from None
+
+
 def describe(ids):
     """How many ids, the first, the last and their types, for an error message."""
     ids = sorted(set(ids), key=lambda i: (type(i).__name__, i))
@@ -308,26 +542,147 @@ def describe(ids):
 
 def check_listed(dt, field, index):
     """Raises ValueError, showing the ids of both sides, if a detection's id is not in index."""
-    bad = [i for i, r in enumerate(dt) if r.get(field) not in index]
+    bad = [i for i, r in enumerate(dt) if r[field] not in index]
     if bad:
-        first = list(dict.fromkeys(dt[i].get(field) for i in bad))[:5]
+        first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
         raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
                          f"value of {field} the ground truth does not list: {first}. They have "
-                         f"{describe(r.get(field) for r in dt)}; the ground truth has "
+                         f"{describe(r[field] for r in dt)}; the ground truth has "
                          f"{describe(index)}. Use the file they were made for and its ids")
 
 
-def coco_eval(gt, dt, iou_type="bbox"):
-    """COCO box evaluation of a results file: what evaluate_columns returns, and names.
+def overlapping(gt, dt):
+    """How many pairs of one image and class overlap by half."""
+    return len(find_pairs(*with_cells(gt, dt), 0.5)[0])
 
-    gt: COCO instances dict or its path; dt: list of {"image_id", "category_id", "bbox": [x, y, w,
-    h] in pixels, "score"} or its path. Without "iscrowd" a ground truth is none, without "area"
-    it is w * h; those of unlisted images or categories do not take part. Adds "category_ids"
-    (ascending), "classes" (their names), "ap_per_class" and "ap50_per_class" (name -> float, nan
-    without ground truth). Raises ValueError or FileNotFoundError naming the file or record.
+
+def find_causes(gt, dt, names):
+    """What may be wrong where next to nothing is found, as sentences. gt, dt: columns."""
+    if not len(gt["image"]):
+        return ["there is no ground truth in these images and categories: every number is -1"]
+    if gt["crowd"].all():
+        return ["every ground truth is a crowd, and crowds are not looked for: every number is -1"]
+    if not len(dt["image"]):
+        return ["there are no detections: AP is 0"]
+    has, found = ([names[k] for k in np.unique(c["category"])] for c in (gt, dt))
+    if not set(has) & set(found):
+        return [f"no category in common: the ground truth has {', '.join(has[:5])}; the detections "
+                f"have {', '.join(found[:5])}"]
+    if not np.isin(dt["image"], gt["image"]).any():
+        return ["no detection is on an image that has ground truth"]
+    if "mask" in dt:
+        return []
+    for what, box, other in (("detections", dt["box"], gt["box"]),
+                             ("ground truth", gt["box"], dt["box"])):
+        if box.max() <= 2 < other.max():
+            return [f"the boxes of the {what} look like fractions of the image, {box[0].tolist()}: "
+                    f"multiply them by its width and height"]
+
+    def sized(columns):
+        box = columns["box"]
+        return dict(columns, box=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1))
+
+    n, notes = overlapping(gt, dt), []
+    for what, sides in (("detections", (gt, sized(dt))), ("ground truth", (sized(gt), dt))):
+        if overlapping(*sides) > 2 * n:
+            notes.append(f"the boxes of the {what} look like x0, y0, x1, y1: COCO's are x, y, "
+                         f"width, height")
+    return notes
+
+
+def read_objects(records, what, iou_type, images, categories, sizes, strict):
+    """The columns that annotations and detections share; image or category -1: not listed."""
+    image = look_up(records, what, "image_id", images)
+    category = look_up(records, what, "category_id", categories)
+    if iou_type == "segm":
+        mask, box = read_masks(records, what, np.where(category < 0, -1, image), sizes)
+        return dict(image=image, category=category, box=box, mask=mask)
+    box = read_numbers(records, what, "bbox", 4, strict=strict)
+    return dict(image=image, category=category, box=box)
+
+
+def own_area(columns):
+    """Area of each mask, or else box, (n,) float64; 0 for a mask left out."""
+    if "mask" in columns:
+        return np.array([0.0 if m is None else mask_area(m) for m in columns["mask"]], np.float64)
+    return columns["box"][:, 2] * columns["box"][:, 3]
+
+
+def read_truths(records, *where, strict):
+    """Columns of the ground truth, and notes, sentences on what pycocotools does otherwise."""
+    columns, notes = read_objects(records, "annotation", *where, strict), []
+    area, crowd = (None, None) if strict else (own_area(columns).tolist(), [0] * len(records))
+    columns["area"] = read_numbers(records, "annotation", "area", default=area, strict=strict)
+    columns["crowd"] = read_numbers(records, "annotation", "iscrowd", default=crowd) != 0
+    if strict:
+        ids = read_numbers(records, "annotation", "id")
+        last = {i: row for row, i in enumerate(ids.tolist())}
+        listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
+        listed = listed[np.argsort(columns["image"][listed], kind="stable")]
+        columns = take(dict(columns, lost=ids == 0), [last[i] for i in ids[listed].tolist()])
+    else:
+        ids = [r["id"] for r in records if r.get("id") is not None]
+        if 0 in ids:
+            notes.append("an annotation has the id 0: it counts here, pycocotools never finds it")
+        if len(set(ids)) < len(ids):
+            notes.append("annotations share an id: all count here, pycocotools takes the last for "
+                         "each of them")
+    return columns, notes
+
+
+def read_detections(records, *where, strict):
+    """Columns of the detections, and notes as above."""
+    columns, notes = read_objects(records, "detection", *where, strict), []
+    columns["score"] = read_numbers(records, "detection", "score", strict=strict)
+    columns["area"] = own_area(columns)
+    if "mask" in columns and records and records[0].get("bbox"):
+        if strict:
+            box = read_numbers(records, "detection", "bbox", 4, strict=True)
+            columns["area"] = box[:, 2] * box[:, 3]
+        else:
+            notes.append("the detections have a bbox too: their size is that of their mask here, "
+                         "of the box in pycocotools")
+    return columns, notes
+
+
+def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
+    """Raises ValueError for what evaluate_columns cannot take."""
+    if iou_type not in ("bbox", "segm"):
+        raise ValueError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
+    for name, values in (("iou_thrs", iou_thrs), ("rec_thrs", rec_thrs), ("max_dets", max_dets)):
+        x = np.asarray(values)
+        if x.ndim != 1 or not len(x) or x.dtype.kind not in "iuf" or not np.isfinite(x).all():
+            raise ValueError(f"{name} {values!r} should be a list of one number or more")
+    if np.asarray(max_dets).dtype.kind == "f" or min(max_dets) < 1:
+        raise ValueError(f"max_dets {max_dets!r} should be whole numbers of 1 or more")
+    if not isinstance(area_ranges, dict) or not area_ranges:
+        raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
+                         f"name, as in {AREA_RANGES}")
+
+
+def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
+              area_ranges=AREA_RANGES, image_ids=None, category_ids=None, use_cats=True,
+              strict=False):
+    """COCO evaluation of a results file: what evaluate_columns returns, and names.
+
+    gt: COCO instances dict or its path; dt: list of {"image_id", "category_id", "score", "bbox":
+    [x, y, w, h] in pixels, or "segmentation"}, or its path. iou_type: "bbox", or "segm" for masks.
+    image_ids, category_ids: the only ones to take part. use_cats=False: classes are not told
+    apart. Ids are ints or strings. Without "iscrowd" a ground truth is none, without "area" it has
+    that of its box or mask; those of unlisted images or categories do not take part. Raises
+    ValueError or FileNotFoundError naming the file or record.
+
+    Adds "category_ids" (ascending), "classes" (their names), "ap_per_class", "ap50_per_class" and
+    "ar_per_class" (name -> float, nan without ground truth; all areas, most detections), and
+    "notes", sentences also printed to stderr: what pycocotools does otherwise, why all is 0.
+
+    strict=True does as pycocotools does. A ground truth with id 0 is never found; of several with
+    one id the last stands for all; detections of unlisted categories are passed over; NaN scores
+    come last, a NaN x or y overlaps what its height or width does, negative sizes nothing; a mask
+    has the area of its detection's box, where there is one; the first AP is -1 without 100 in
+    max_dets; no detections and fewer than three max_dets are an IndexError.
     """
-    if iou_type != "bbox":
-        raise ValueError(f"iou_type {iou_type!r} is not supported here, only 'bbox' is")
+    check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
     gt = gt if isinstance(gt, dict) else read_json(gt, "a COCO instances file")
     dt = dt if isinstance(dt, list) else read_json(
         dt, "a list of detections in COCO results format")
@@ -335,33 +690,45 @@ def coco_eval(gt, dt, iou_type="bbox"):
         raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
     if not isinstance(dt, list):
         raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
-    images, categories = id_index(gt, "images"), id_index(gt, "categories")
+    if strict and not dt:
+        raise IndexError("no detections, strictly an error: pycocotools raises IndexError")
 
-    def columns(records, what):
-        box = read_numbers(records, what, "bbox", 4)
-        image = [images.get(r.get("image_id"), -1) for r in records]                # -1: unlisted
-        category = [categories.get(r.get("category_id"), -1) for r in records]
-        return dict(box=box, image=np.array(image, np.int64), category=np.array(category, np.int64))
+    all_images, all_categories = id_index(gt, "images"), id_index(gt, "categories")
+    images = subset(all_images, image_ids, "image_ids")
+    categories = subset(all_categories, category_ids, "category_ids")
+    size_of = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
+    where = iou_type, images, categories, [size_of[i] for i in images]
+    found, notes = read_detections(dt, *where, strict=strict)
+    if (found["image"] < 0).any():
+        check_listed(dt, "image_id", all_images)
+    if (found["category"] < 0).any() and not strict:
+        check_listed(dt, "category_id", all_categories)
+    truths, more = read_truths(gt.get("annotations") or [], *where, strict=strict)
+    notes += more
+    if not strict and 100 not in max_dets:
+        notes.append(f"AP is at {max(max_dets)} detections; in pycocotools it is -1 without 100 in "
+                     f"max_dets")
+    sides = [take(c, (c["image"] >= 0) & (c["category"] >= 0)) for c in (truths, found)]
+    names = {r["id"]: str(r.get("name", r["id"])) for r in gt["categories"]}
+    double = [name for name, n in Counter(names.values()).items() if n > 1]
+    names = [names[i] if names[i] not in double else f"{names[i]} ({i})" for i in categories]
+    if not use_cats:                                            # equal scores keep their order
+        sides = [take(c, np.argsort(c["category"], kind="stable")) for c in sides]
+        sides = [dict(c, category=np.zeros_like(c["category"])) for c in sides]
+        names, categories = ["all classes"], [-1]
 
-    dt_columns = columns(dt, "detection")
-    dt_columns["score"] = read_numbers(dt, "detection", "score")
-    check_listed(dt, "image_id", images)
-    check_listed(dt, "category_id", categories)
-    truths = gt.get("annotations", [])
-    gt_columns = columns(truths, "annotation")
-    truths = [{"area": w * h, **r} for r, (w, h) in zip(truths, gt_columns["box"][:, 2:].tolist())]
-    gt_columns["area"] = read_numbers(truths, "annotation", "area")
-    gt_columns["crowd"] = np.array([bool(r.get("iscrowd")) for r in truths], bool)
-    listed = (gt_columns["image"] >= 0) & (gt_columns["category"] >= 0)
-
-    result = evaluate_columns(take(gt_columns, listed), dt_columns, len(categories))
-    names = {r["id"]: r.get("name", str(r["id"])) for r in gt["categories"]}
-    classes = [names[i] for i in categories]
-    ap = result["precision"][:, :, :, 0, -1]                                        # (T, R, K)
-    ap = np.where(ap > -1, ap, np.nan).mean(axis=1)                                 # (T, K)
-    result.update(category_ids=list(categories), classes=classes,
-                  ap_per_class=dict(zip(classes, ap.mean(axis=0).tolist())),
-                  ap50_per_class=dict(zip(classes, ap[0].tolist())))
+    result = evaluate_columns(*sides, len(names), iou_thrs, rec_thrs, max_dets, area_ranges, strict)
+    if result["stats"][1] < 0.1:
+        notes += find_causes(*sides, names)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    ap = result["precision"][:, :, :, 0, -1].mean(axis=1)                           # (T, K)
+    ar = result["recall"][:, :, 0, -1]
+    ap, ar = (np.where(x > -1, x, np.nan) for x in (ap, ar))
+    result.update(category_ids=list(categories), classes=names, notes=notes,
+                  ap_per_class=dict(zip(names, ap.mean(axis=0).tolist())),
+                  ap50_per_class=dict(zip(names, ap[0].tolist())),
+                  ar_per_class=dict(zip(names, ar.mean(axis=0).tolist())))
     return result
 
 
@@ -450,15 +817,38 @@ def find_validation(args, info):
 
 
 def class_table(result):
-    """Average precision by class, the best first, as lines; classes without objects left out."""
+    """Average precision by class, the best first, as lines; "-" for a class without objects."""
     precision, counts = result["precision"][..., 0, -1], result["num_gt"][:, 0]    # (T, R, K), (K,)
     rows = [(precision[:, :, k].mean(), precision[0, :, k].mean(), counts[k], name)
-            for k, name in enumerate(result["classes"]) if precision[0, 0, k] > -1]
+            for k, name in enumerate(result["classes"]) if name]
     width = max([5] + [len(row[3]) for row in rows])
     lines = [f"{'class':{width}s}     AP   AP50  objects"]
-    lines += [f"{name:{width}s}  {ap:5.3f}  {ap50:5.3f}  {n:7d}" for ap, ap50, n, name in
-              sorted(rows, reverse=True)]
+    lines += [f"{name:{width}s}  {ap:5.3f}  {ap50:5.3f}  {n:7d}" if n else
+              f"{name:{width}s}      -      -        0"
+              for ap, ap50, n, name in sorted(rows, key=lambda r: (-r[0], r[3]))]
     return "\n".join(lines)
+
+
+def result_json(result):
+    """A result of coco_eval as a dict for json.dump: the numbers by name, by class, and all curves.
+
+    "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
+    "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
+    """
+    stats = {}
+    for (array, iou, area, cut), value in zip(
+            summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
+        name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
+        name += "" if area == "all" else "_" + area
+        stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
+    classes = [{"id": i, "name": name, "objects": int(n), **{
+        field: None if n == 0 else result[f"{field.lower()}_per_class"][name]
+        for field in ("AP", "AP50", "AR")}}
+        for i, name, n in zip(result["category_ids"], result["classes"], result["num_gt"][:, 0])]
+    return {"stats": stats, "per_class": classes, "notes": result["notes"],
+            **{name: result[name] for name in ("classes", "max_dets", "area_ranges", "strict")},
+            **{name: result[name].tolist()
+               for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
 
 
 def parse_args(argv):
@@ -481,6 +871,12 @@ def parse_args(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gt", default="", help="COCO instances file, with --dt: no model is run")
     parser.add_argument("--dt", default="", help="detections in COCO results format")
+    parser.add_argument("--iou_type", default="bbox", help="bbox, or segm to compare masks")
+    parser.add_argument("--max_dets", type=int, nargs="+", default=MAX_DETS,
+                        help="detections per image and class that count")
+    parser.add_argument("--strict", action="store_true",
+                        help="pycocotools' answer also where it is odd, see coco_eval")
+    parser.add_argument("--json", default="", help="write all numbers and curves there")
     return parser.parse_args(argv)
 
 
@@ -489,8 +885,12 @@ def main(argv=None):
     if bool(args.gt) != bool(args.dt) or bool(args.gt) == bool(args.checkpoint):
         raise ValueError("give a checkpoint, or --gt together with --dt")
     if args.gt:
-        result = coco_eval(args.gt, args.dt)
+        result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets,
+                           strict=args.strict)
         print(summary(result) + "\n\n" + class_table(result))
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(result_json(result), file)
         return
     model, info = load_detector(args.checkpoint, args.dilation)
     dataset = find_validation(args, info)
@@ -509,5 +909,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, IndexError) as error:
         sys.exit(f"error: {str(error).split('ValueError: ')[-1].strip()}")
