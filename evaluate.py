@@ -81,7 +81,7 @@ def evaluate(model, loader, device, dtype=torch.float32):
 
     loader: over an EvalSampler of a DetectionDataset, collated; each process has its share of the
     batches. dtype: of the autocast. The dict also has "detections", detect()'s rows of all images
-    in the order of the images, and "classes".
+    in the order of the images, "classes" and "category_ids".
     """
     rows = gather_rows(detect(model, loader, device, dtype))
     rows = rows[rows[:, 0].argsort(stable=True)]                     # whichever process had it
@@ -89,7 +89,8 @@ def evaluate(model, loader, device, dtype=torch.float32):
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
     result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
-    return {**result, "detections": rows, "classes": dataset.classes}
+    return {**result, "detections": rows, "classes": dataset.classes,
+            "category_ids": dataset.category_ids}
 
 
 def coco_results(rows, dataset):
@@ -320,6 +321,16 @@ def mean_over(result, array, iou, area, cut):
     x = x if iou is None else x[result["iou_thrs"] == iou]
     x = x[x > -1]
     return x.mean() if x.size else -1.0
+
+
+def per_class(result):
+    """A dict for each class with a name: "id", "name", "objects", and "AP", "AP50", "AR" over all
+    areas at the most detections, nan without ground truth. AP50 is at the lowest IoU threshold."""
+    curves = result["precision"][..., 0, -1].mean(axis=1), result["recall"][..., 0, -1]     # (T, K)
+    ap, ar = (np.where(x > -1, x, np.nan) for x in curves)
+    rows = zip(result["category_ids"], result["classes"], result["num_gt"][:, 0].tolist(),
+               ap.mean(axis=0).tolist(), ap[0].tolist(), ar.mean(axis=0).tolist())
+    return [dict(zip(("id", "name", "objects", "AP", "AP50", "AR"), row)) for row in rows if row[1]]
 
 
 def summary(result):
@@ -563,7 +574,7 @@ def find_causes(gt, dt, names):
     if gt["crowd"].all():
         return ["every ground truth is a crowd, and crowds are not looked for: every number is -1"]
     if not len(dt["image"]):
-        return ["there are no detections: AP is 0"]
+        return ["there are no detections: AP is 0 here, pycocotools raises an error"]
     has, found = ([names[k] for k in np.unique(c["category"])] for c in (gt, dt))
     if not set(has) & set(found):
         return [f"no category in common: the ground truth has {', '.join(has[:5])}; the detections "
@@ -615,11 +626,11 @@ def read_truths(records, *where, strict):
     columns["area"] = read_numbers(records, "annotation", "area", default=area, strict=strict)
     columns["crowd"] = read_numbers(records, "annotation", "iscrowd", default=crowd) != 0
     if strict:
-        ids = read_numbers(records, "annotation", "id")
-        last = {i: row for row, i in enumerate(ids.tolist())}
+        last = look_up(records, "annotation", "id", {r.get("id"): i for i, r in enumerate(records)})
+        columns["lost"] = np.array([r["id"] == 0 for r in records], bool)
         listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
         listed = listed[np.argsort(columns["image"][listed], kind="stable")]
-        columns = take(dict(columns, lost=ids == 0), [last[i] for i in ids[listed].tolist()])
+        columns = take(columns, last[listed])
     else:
         ids = [r["id"] for r in records if r.get("id") is not None]
         if 0 in ids:
@@ -655,7 +666,7 @@ def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
             raise ValueError(f"{name} {values!r} should be a list of one number or more")
     if np.asarray(max_dets).dtype.kind == "f" or min(max_dets) < 1:
         raise ValueError(f"max_dets {max_dets!r} should be whole numbers of 1 or more")
-    if not isinstance(area_ranges, dict) or not area_ranges:
+    if not isinstance(area_ranges, dict) or np.shape(list(area_ranges.values()))[1:] != (2,):
         raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
                          f"name, as in {AREA_RANGES}")
 
@@ -683,12 +694,13 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     max_dets; no detections and fewer than three max_dets are an IndexError.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
-    gt = gt if isinstance(gt, dict) else read_json(gt, "a COCO instances file")
-    dt = dt if isinstance(dt, list) else read_json(
-        dt, "a list of detections in COCO results format")
+    if isinstance(gt, (str, os.PathLike)):
+        gt = read_json(gt, "a COCO instances file")
+    if isinstance(dt, (str, os.PathLike)):
+        dt = read_json(dt, "a list of detections in COCO results format")
     if not isinstance(gt, dict):
         raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
-    if not isinstance(dt, list):
+    if not isinstance(dt, (list, tuple)):
         raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
     if strict and not dt:
         raise IndexError("no detections, strictly an error: pycocotools raises IndexError")
@@ -709,9 +721,9 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
         notes.append(f"AP is at {max(max_dets)} detections; in pycocotools it is -1 without 100 in "
                      f"max_dets")
     sides = [take(c, (c["image"] >= 0) & (c["category"] >= 0)) for c in (truths, found)]
-    names = {r["id"]: str(r.get("name", r["id"])) for r in gt["categories"]}
-    double = [name for name, n in Counter(names.values()).items() if n > 1]
-    names = [names[i] if names[i] not in double else f"{names[i]} ({i})" for i in categories]
+    names = {r["id"]: str(r.get("name") or r["id"]) for r in gt["categories"]}
+    uses = Counter(names.values())
+    names = [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in categories]
     if not use_cats:                                            # equal scores keep their order
         sides = [take(c, np.argsort(c["category"], kind="stable")) for c in sides]
         sides = [dict(c, category=np.zeros_like(c["category"])) for c in sides]
@@ -722,13 +734,10 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
         notes += find_causes(*sides, names)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    ap = result["precision"][:, :, :, 0, -1].mean(axis=1)                           # (T, K)
-    ar = result["recall"][:, :, 0, -1]
-    ap, ar = (np.where(x > -1, x, np.nan) for x in (ap, ar))
-    result.update(category_ids=list(categories), classes=names, notes=notes,
-                  ap_per_class=dict(zip(names, ap.mean(axis=0).tolist())),
-                  ap50_per_class=dict(zip(names, ap[0].tolist())),
-                  ar_per_class=dict(zip(names, ar.mean(axis=0).tolist())))
+    result.update(category_ids=list(categories), classes=names, notes=notes)
+    rows = per_class(result)
+    for field in ("AP", "AP50", "AR"):
+        result[f"{field.lower()}_per_class"] = {row["name"]: row[field] for row in rows}
     return result
 
 
@@ -818,19 +827,16 @@ def find_validation(args, info):
 
 def class_table(result):
     """Average precision by class, the best first, as lines; "-" for a class without objects."""
-    precision, counts = result["precision"][..., 0, -1], result["num_gt"][:, 0]    # (T, R, K), (K,)
-    rows = [(precision[:, :, k].mean(), precision[0, :, k].mean(), counts[k], name)
-            for k, name in enumerate(result["classes"]) if name]
-    width = max([5] + [len(row[3]) for row in rows])
+    rows = sorted(per_class(result), key=lambda r: (r["objects"] == 0, -r["AP"], r["name"]))
+    width = max([5] + [len(r["name"]) for r in rows])
     lines = [f"{'class':{width}s}     AP   AP50  objects"]
-    lines += [f"{name:{width}s}  {ap:5.3f}  {ap50:5.3f}  {n:7d}" if n else
-              f"{name:{width}s}      -      -        0"
-              for ap, ap50, n, name in sorted(rows, key=lambda r: (-r[0], r[3]))]
+    lines += [f"{r['name']:{width}s}  {r['AP']:5.3f}  {r['AP50']:5.3f}  {r['objects']:7d}"
+              if r["objects"] else f"{r['name']:{width}s}      -      -        0" for r in rows]
     return "\n".join(lines)
 
 
 def result_json(result):
-    """A result of coco_eval as a dict for json.dump: the numbers by name, by class, and all curves.
+    """A result as a dict for json.dump: the numbers by name, by class (null: none), and all curves.
 
     "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
     "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
@@ -841,11 +847,9 @@ def result_json(result):
         name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
         name += "" if area == "all" else "_" + area
         stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
-    classes = [{"id": i, "name": name, "objects": int(n), **{
-        field: None if n == 0 else result[f"{field.lower()}_per_class"][name]
-        for field in ("AP", "AP50", "AR")}}
-        for i, name, n in zip(result["category_ids"], result["classes"], result["num_gt"][:, 0])]
-    return {"stats": stats, "per_class": classes, "notes": result["notes"],
+    classes = [{name: None if value != value else value for name, value in row.items()}
+               for row in per_class(result)]
+    return {"stats": stats, "per_class": classes, "notes": result.get("notes", []),
             **{name: result[name] for name in ("classes", "max_dets", "area_ranges", "strict")},
             **{name: result[name].tolist()
                for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
@@ -880,18 +884,8 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if bool(args.gt) != bool(args.dt) or bool(args.gt) == bool(args.checkpoint):
-        raise ValueError("give a checkpoint, or --gt together with --dt")
-    if args.gt:
-        result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets,
-                           strict=args.strict)
-        print(summary(result) + "\n\n" + class_table(result))
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(result_json(result), file)
-        return
+def evaluate_checkpoint(args):
+    """The result of the model in args.checkpoint, its detections saved if asked for."""
     model, info = load_detector(args.checkpoint, args.dilation)
     dataset = find_validation(args, info)
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
@@ -899,11 +893,30 @@ def main(argv=None):
     print(f"{args.checkpoint}: {model.cfg.backbone}, {model.cfg.mixer}; {len(dataset)} images, "
           f"{sum(map(bool, dataset.classes))} classes; {args.device}, float32")
     result = evaluate(model.to(check_device(args.device)), loader, args.device)
-    print(summary(result) + "\n\n" + class_table(result))
     if args.save_json:
         with open(args.save_json, "w") as file:
             json.dump(coco_results(result["detections"], dataset), file)
         print(f"detections: {args.save_json}")
+    return result
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if bool(args.gt) != bool(args.dt) or bool(args.gt) == bool(args.checkpoint):
+        raise ValueError("give a checkpoint, or --gt together with --dt")
+    folder = os.path.dirname(args.json) or "."
+    if args.json and not os.path.isdir(folder):
+        raise ValueError(f"--json {args.json}: there is no folder {folder}, make it first")
+    if args.gt:
+        result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets,
+                           strict=args.strict)
+    else:
+        result = evaluate_checkpoint(args)
+    print(summary(result) + "\n\n" + class_table(result))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result_json(result), file)
+        print(f"numbers and curves: {args.json}")
 
 
 if __name__ == "__main__":

@@ -1240,7 +1240,8 @@ def test_other_wrong_input_is_refused(tmp_path):
     for gt, dets, iou_type, error, words in [
             (instances(), str(tmp_path / "nowhere.json"), "bbox", FileNotFoundError, "nowhere"),
             (instances(), [], "keypoints", ValueError, "'keypoints' is unknown"),
-            (instances(ann(), dict(image_id=1)), [], "bbox", ValueError, "annotation 1 .* bbox")]:
+            (instances(ann(), dict(image_id=1, category_id=1)), [], "bbox", ValueError,
+             "annotation 1 .* bbox")]:
         with pytest.raises(error, match=words):
             coco_eval(gt, dets, iou_type)
 
