@@ -164,26 +164,29 @@ def find_pairs(gt, dt, least_iou):
     return d[order], g[order], iou[order]
 
 
-def match_cell(iou, ignored, crowd, iou_thrs):
+def match_cell(dt, gt, ignored, name, iou_thrs):
     """The ground truth that each detection of a cell finds, at each IoU threshold on its own.
 
-    iou (D, G), detections by falling score; ignored, crowd (G,) bool. Returns int64 (D, T), -1 for
-    none. The detection of highest score chooses first: among the ground truths it reaches and
-    nobody has, the one of highest IoU (of equals the last), but any that counts before an ignored
-    one. Crowds are never used up.
+    dt, gt: columns of D detections by falling score and G ground truths; ignored (G,) bool; name
+    (G,) int64. Returns the names (D, T), -1 for none. The detection of highest score chooses first:
+    among the ground truths it reaches and nobody has, the one of highest IoU (of equals the last),
+    but any that counts before an ignored one. Crowds are never used up.
     """
-    truth = np.full((len(iou), len(iou_thrs)), -1)
+    D, G = len(dt["cell"]), len(name)
+    d, g = np.repeat(np.arange(D), G), np.tile(np.arange(G), D)
+    iou = box_overlap(dt["box"][d], gt["box"][g], gt["crowd"][g]).reshape(D, G)
+    truth = np.full((D, len(iou_thrs)), -1)
     for t, threshold in enumerate(np.minimum(iou_thrs, 1 - 1e-10)):
-        for d in range(len(iou)):
-            best, m = threshold, -1
+        for d in range(D):
+            best, found = threshold, None
             for g in np.argsort(ignored, kind="stable"):
-                if g in truth[:d, t] and not crowd[g]:
+                if name[g] in truth[:d, t] and not gt["crowd"][g]:
                     continue
-                if m >= 0 and ignored[g] > ignored[m]:
+                if found is not None and ignored[g] > ignored[found]:
                     break
                 if not iou[d, g] < best:                        # true of NaN, whatever best is
-                    best, m = iou[d, g], g
-            truth[d, t] = m
+                    best, found = iou[d, g], g
+                    truth[d, t] = name[g]
     return truth
 
 
@@ -256,7 +259,6 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     T, R, K, A, M = len(iou_thrs), len(rec_thrs), num_classes, len(area_ranges), len(max_dets)
     precision, scores = np.full((2, T, R, K, A, M), -1.0)
     recall, num_gt = np.full((T, K, A, M), -1.0), np.zeros((K, A), np.int64)
-
     gt, dt = with_cells(gt, dt)
     dt = take(dt, np.lexsort((dt["image"], -dt["score"], dt["category"])))  # last key first, stable
     rank = count_before(dt["cell"])
@@ -268,17 +270,13 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
                          for c in (dt["category"], dt["category"][rows]))
     area = dt["area"] if "area" in dt else dt["box"][:, 2] * dt["box"][:, 3]
     lost = gt.get("lost", np.zeros(len(gt["cell"]), bool))      # see coco_eval, strict
-
     for a, (low, high) in enumerate(area_ranges.values()):
         ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
         num_gt[:, a] = np.bincount(gt["category"][~ignored], minlength=K)
         truth = match_pairs(d, g, iou, dt["cell"][rows], ignored, gt["crowd"], iou_thrs)
         for cell in odd:
             i, j = (np.flatnonzero(c == cell) for c in (dt["cell"][rows], gt["cell"]))
-            i_j = np.repeat(rows[i], len(j)), np.tile(j, len(i))
-            overlap = box_overlap(dt["box"][i_j[0]], gt["box"][i_j[1]], gt["crowd"][i_j[1]])
-            found = match_cell(overlap.reshape(len(i), -1), ignored[j], gt["crowd"][j], iou_thrs)
-            truth[i] = np.where(found < 0, -1, j[found])
+            truth[i] = match_cell(take(dt, rows[i]), take(gt, j), ignored[j], j, iou_thrs)
         matched = (truth >= 0) & ~(lost & ~ignored)[truth]                          # (H, T)
         counted = matched & ~ignored[truth]
         judged = ~((area < low) | (area > high))                                    # (D,)
@@ -287,10 +285,9 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
             for m, cut in enumerate(max_dets):
                 n = rank[rows[some]] < cut
                 precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = \
-                    precision_at_recall(
-                        rows[some][n] - dt_ends[k], matched[some][n], counted[some][n],
-                        judged[every] & (rank[every] < cut), dt["score"][every],
-                        num_gt[k, a], rec_thrs)
+                    precision_at_recall(rows[some][n] - dt_ends[k], matched[some][n],
+                                        counted[some][n], judged[every] & (rank[every] < cut),
+                                        dt["score"][every], num_gt[k, a], rec_thrs)
     result = dict(precision=precision, recall=recall, scores=scores, num_gt=num_gt,
                   iou_thrs=iou_thrs, rec_thrs=np.asarray(rec_thrs, np.float64),
                   max_dets=max_dets, area_ranges=area_ranges, strict=strict)
@@ -325,11 +322,12 @@ def mean_over(result, array, iou, area, cut):
 
 def per_class(result):
     """A dict for each class with a name: "id", "name", "objects", and "AP", "AP50", "AR" over all
-    areas at the most detections, nan without ground truth. AP50 is at the lowest IoU threshold."""
+    areas at the most detections, nan without ground truth or without that IoU threshold."""
     curves = result["precision"][..., 0, -1].mean(axis=1), result["recall"][..., 0, -1]     # (T, K)
     ap, ar = (np.where(x > -1, x, np.nan) for x in curves)
+    ap50 = np.vstack([ap[result["iou_thrs"] == 0.5], np.nan * ap[:1]])[0]
     rows = zip(result["category_ids"], result["classes"], result["num_gt"][:, 0].tolist(),
-               ap.mean(axis=0).tolist(), ap[0].tolist(), ar.mean(axis=0).tolist())
+               ap.mean(axis=0).tolist(), ap50.tolist(), ar.mean(axis=0).tolist())
     return [dict(zip(("id", "name", "objects", "AP", "AP50", "AR"), row)) for row in rows if row[1]]
 
 
@@ -551,9 +549,12 @@ def describe(ids):
     return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
 
 
-def check_listed(dt, field, index):
-    """Raises ValueError, showing the ids of both sides, if a detection's id is not in index."""
-    bad = [i for i, r in enumerate(dt) if r[field] not in index]
+def check_listed(dt, field, found, index):
+    """Raises ValueError, showing the ids of both sides, if a detection's id is not in index.
+
+    found (D,): below 0 where it may be missing.
+    """
+    bad = [i for i in np.flatnonzero(found < 0).tolist() if dt[i][field] not in index]
     if bad:
         first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
         raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
@@ -595,7 +596,7 @@ def find_causes(gt, dt, names):
 
     n, notes = overlapping(gt, dt), []
     for what, sides in (("detections", (gt, sized(dt))), ("ground truth", (sized(gt), dt))):
-        if overlapping(*sides) > 2 * n:
+        if overlapping(*sides) > max(2 * n, len(gt["image"]) / 10):
             notes.append(f"the boxes of the {what} look like x0, y0, x1, y1: COCO's are x, y, "
                          f"width, height")
     return notes
@@ -632,7 +633,7 @@ def read_truths(records, *where, strict):
         listed = listed[np.argsort(columns["image"][listed], kind="stable")]
         columns = take(columns, last[listed])
     else:
-        ids = [r["id"] for r in records if r.get("id") is not None]
+        ids = [r["id"] for r in records if isinstance(r.get("id"), (int, str))]
         if 0 in ids:
             notes.append("an annotation has the id 0: it counts here, pycocotools never finds it")
         if len(set(ids)) < len(ids):
@@ -671,6 +672,26 @@ def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
                          f"name, as in {AREA_RANGES}")
 
 
+def class_names(records, categories):
+    """The names of categories by their records, with the id where two share a name."""
+    names = {r["id"]: str(r.get("name") or r["id"]) for r in records}
+    uses = Counter(names.values())
+    return [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in categories]
+
+
+def read_sides(gt, dt):
+    """Ground truth and detections from dict and list, or from their files."""
+    if isinstance(gt, (str, os.PathLike)):
+        gt = read_json(gt, "a COCO instances file")
+    if isinstance(dt, (str, os.PathLike)):
+        dt = read_json(dt, "a list of detections in COCO results format")
+    if not isinstance(gt, dict):
+        raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
+    if not isinstance(dt, (list, tuple)):
+        raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
+    return gt, dt
+
+
 def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
               area_ranges=AREA_RANGES, image_ids=None, category_ids=None, use_cats=True,
               strict=False):
@@ -694,36 +715,30 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     max_dets; no detections and fewer than three max_dets are an IndexError.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
-    if isinstance(gt, (str, os.PathLike)):
-        gt = read_json(gt, "a COCO instances file")
-    if isinstance(dt, (str, os.PathLike)):
-        dt = read_json(dt, "a list of detections in COCO results format")
-    if not isinstance(gt, dict):
-        raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
-    if not isinstance(dt, (list, tuple)):
-        raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
-    if strict and not dt:
-        raise IndexError("no detections, strictly an error: pycocotools raises IndexError")
-
+    gt, dt = read_sides(gt, dt)
+    if strict and (not dt or len(max_dets) < 3):
+        raise IndexError("pycocotools, and so strict, needs a detection and three max_dets: there "
+                         f"are {len(dt)} and {len(max_dets)}")
     all_images, all_categories = id_index(gt, "images"), id_index(gt, "categories")
     images = subset(all_images, image_ids, "image_ids")
     categories = subset(all_categories, category_ids, "category_ids")
     size_of = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
     where = iou_type, images, categories, [size_of[i] for i in images]
     found, notes = read_detections(dt, *where, strict=strict)
-    if (found["image"] < 0).any():
-        check_listed(dt, "image_id", all_images)
-    if (found["category"] < 0).any() and not strict:
-        check_listed(dt, "category_id", all_categories)
+    check_listed(dt, "image_id", found["image"], all_images)
+    if not strict:
+        check_listed(dt, "category_id", found["category"], all_categories)
     truths, more = read_truths(gt.get("annotations") or [], *where, strict=strict)
     notes += more
     if not strict and 100 not in max_dets:
         notes.append(f"AP is at {max(max_dets)} detections; in pycocotools it is -1 without 100 in "
                      f"max_dets")
+    unlisted = ((truths["image"] < 0) | (truths["category"] < 0)).sum()
+    if unlisted and image_ids is None and category_ids is None:
+        notes.append(f"{unlisted} annotations are of images or categories that are not listed: "
+                     f"they take no part")
     sides = [take(c, (c["image"] >= 0) & (c["category"] >= 0)) for c in (truths, found)]
-    names = {r["id"]: str(r.get("name") or r["id"]) for r in gt["categories"]}
-    uses = Counter(names.values())
-    names = [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in categories]
+    names = class_names(gt["categories"], categories)
     if not use_cats:                                            # equal scores keep their order
         sides = [take(c, np.argsort(c["category"], kind="stable")) for c in sides]
         sides = [dict(c, category=np.zeros_like(c["category"])) for c in sides]

@@ -41,7 +41,7 @@ import train
 from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_to_xyxy,
                   EvalSampler, generalized_box_iou, overlap, Plan, plan_training, read_image,
                   resized, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
-from evaluate import coco_eval, evaluate_columns, summary
+from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import LossConfig, loss_counts, set_loss
 from matcher import match
 from model import (AttentionMixer, build_model, Decoder, Encoder, LearnedPosition, load_backbone,
@@ -1244,6 +1244,222 @@ def test_other_wrong_input_is_refused(tmp_path):
              "annotation 1 .* bbox")]:
         with pytest.raises(error, match=words):
             coco_eval(gt, dets, iou_type)
+
+
+# -- the evaluator: parameters, strict, causes ---------------------------------------------------
+
+def outcome(anns, dets, *names, **params):
+    """The named ones of the 12 numbers, rounded to 4 digits, or the error's type."""
+    try:
+        stats = coco_eval(instances(*anns), dets, **params)["stats"]
+    except (ValueError, IndexError) as error:
+        return type(error).__name__
+    return [round(float(stats[NAMES.index(name)]), 4) for name in names]
+
+
+def full(box=BOX, id=1, **more):
+    """An annotation with all that pycocotools demands."""
+    return ann(box, id=id, **{"area": box[2] * box[3], "iscrowd": 0, **more})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("anns, dets, names, sane, strict", [
+    ([full(id=0)], [det(0.9)], ["AP", "AR100"], [1, 1], [0, 0]),
+    ([full(id=0), full((0, 0, 20, 20))], [det(0.9), det(0.8, (0, 0, 20, 20))],
+     ["AP", "APs", "APm", "AR10"], [1, 1, 1, 1], [0.2525, 1, 0, 0.5]),
+    ([full(), full((0, 0, 20, 20))], [det(0.9), det(0.8, (0, 0, 20, 20))],
+     ["AP", "APs", "AR10"], [1, 1, 1], [0.2525, 0.505, 0.5]),
+    ([full()], [], ["AP"], [0], "IndexError"),
+    ([full()], [det(NAN, (70, 70, 9, 9)), det(0.5)], ["AP"], "ValueError", [1]),
+    ([full()], [det(NAN), det(0.5, (70, 70, 9, 9))], ["AP", "AR1"], "ValueError", [0.5, 0]),
+    ([full()], [det(0.9, (NAN, 10, 50, 50)), det(0.8)], ["AP"], "ValueError", [1]),
+    ([full()], [det(0.9, (60, 10, -50, 50))], ["AP", "AR100"], "ValueError", [0, 0]),
+    ([full()], [det(0.95, (60, 10, -50, 50)), det(0.9)], ["AP", "AR1"], "ValueError", [1, 0]),
+    ([full((60, 10, -50, 50), area=2500)], [det(0.9)], ["AP"], "ValueError", [0]),
+    ([full()], [det(0.95, (0, 0, np.inf, np.inf)), det(0.9)], ["AP", "AR1"], "ValueError", [1, 0]),
+    ([full(area=NAN)], [det(0.9)], ["APs", "APm", "APl"], "ValueError", [1, 1, 1]),
+    ([full()], [det(0.95, category_id=7), det(0.9)], ["AP"], "ValueError", [1]),
+    ([full()], [det(0.95, image_id=7), det(0.9)], ["AP"], "ValueError", "ValueError"),
+    ([ann()], [det(0.9)], ["AP"], [1], "ValueError"),            # neither id, area nor iscrowd
+    ([full(iscrowd=None)], [det(0.9)], ["AP"], [1], "ValueError")])
+def test_sane_by_default_and_like_pycocotools_if_strict(anns, dets, names, sane, strict):
+    """The strict answers are those of pycocotools 2.0.11; an exception there is one here."""
+    assert outcome(anns, dets, *names) == sane
+    assert outcome(anns, dets, *names, strict=True) == strict
+
+
+def test_twelve_numbers_for_any_max_dets():
+    anns = [full(), full((100, 100, 50, 50), id=2)]
+    dets = [det(0.9), det(0.8, (70, 70, 9, 9)), det(0.7, (100, 100, 50, 50))]
+    names = ["AP", "AP50", "AR1", "AR10", "AR100", "ARm"]
+    assert outcome(anns, dets, *names, max_dets=[300, 2, 1]) == [0.835, 0.835, 0.5, 0.5, 1, 1]
+    assert outcome(anns, dets, *names, max_dets=[300, 2, 1], strict=True) == [
+        -1, 0.835, 0.5, 0.5, 1, 1]
+    assert outcome(anns, dets, *names, max_dets=[2]) == [0.505, 0.505, 0.5, 0.5, 0.5, 0.5]
+    assert outcome(anns, dets, *names, max_dets=[1, 3, 100, 2]) == [0.835, 0.835, 0.5, 0.5, 1, 1]
+    assert outcome(anns, dets, *names, max_dets=[2], strict=True) == "IndexError"
+    for wrong in ([], [0, 1], [1.5], 100, ["1"]):
+        assert outcome(anns, dets, max_dets=wrong) == "ValueError"
+
+
+def test_other_parameters_by_hand():
+    anns = [full(), full(id=2, category_id=2), full((0, 0, 20, 20), id=3, image_id=2)]
+    dets = [det(0.9, (10, 10, 50, 40)), det(0.8, BOX, 1, 2)]         # IoU 0.8 and 1
+    assert outcome(anns, dets, "AP", image_ids=[1]) == [0.85]        # (0.7 + 1) / 2
+    assert outcome(anns, dets, "AP", category_ids=[2]) == [1]
+    assert outcome(anns, dets, "AP", image_ids=[2]) == [0]
+    assert outcome(anns, dets, "AP", "AP50", "AP75", iou_thrs=[0.8], image_ids=[1]) == [1, -1, -1]
+    assert outcome(anns, dets, "AP", rec_thrs=[0.9], image_ids=[1]) == [0.85]
+    ranges = {"all": (0, 1e5), "small": (0, 1000), "medium": (2500, 2500), "large": (1e6, 1e7)}
+    assert outcome(anns, dets, "APs", "APm", "APl", area_ranges=ranges) == [0, 0.85, -1]
+    swapped = [det(0.9, BOX, 1, 2), det(0.8, (200, 200, 9, 9))]      # one box, the other class
+    assert outcome([full()], swapped, "AP") == [0]
+    assert outcome([full()], swapped, "AP", use_cats=False) == [1]
+    for wrong in (dict(image_ids=[1, 3]), dict(category_ids=["1"]), dict(iou_thrs=[]),
+                  dict(rec_thrs=0.5), dict(area_ranges={"all": 5})):
+        assert outcome(anns, dets, **wrong) == "ValueError"
+
+
+FAR = [ann((200 + 9 * i, 150, 60, 50), id=i + 1) for i in range(3)]
+
+
+@pytest.mark.parametrize("anns, dets, words", [
+    ([], [det(0.9)], "no ground truth"),
+    ([ann(iscrowd=1)], [det(0.9)], "every ground truth is a crowd"),
+    ([ann()], [], "no detections"),
+    ([ann()], [det(0.9, category_id=2)], "no category in common: the ground truth has cat"),
+    ([ann()], [det(0.9, image_id=2)], "no detection is on an image that has ground truth"),
+    (FAR, [det(0.9, (x, y, x + w, y + h)) for x, y, w, h in (a["bbox"] for a in FAR)],
+     "boxes of the detections look like x0, y0, x1, y1"),
+    ([ann((x, y, x + w, y + h)) for x, y, w, h in (a["bbox"] for a in FAR)],
+     [det(0.9, a["bbox"]) for a in FAR], "boxes of the ground truth look like x0, y0, x1, y1"),
+    ([ann()], [det(0.9, (0.1, 0.1, 0.5, 0.5))], "boxes of the detections look like fractions"),
+    ([ann((0.1, 0.1, 0.5, 0.5))], [det(0.9)], "boxes of the ground truth look like fractions"),
+    ([ann(id=0), ann((0, 0, 20, 20), id=5)], [det(0.9)], "id 0: it counts here"),
+    ([ann(id=5), ann((0, 0, 20, 20), id=5)], [det(0.9)], "annotations share an id"),
+    ([ann(), ann(image_id=3)], [det(0.9)], "1 annotations are of images or categories that are")])
+def test_the_output_says_why_all_is_zero_and_what_pycocotools_would_do(anns, dets, words, capsys):
+    notes = coco_eval(instances(*anns), dets)["notes"]
+    assert len(notes) == 1 and words in notes[0]
+    assert capsys.readouterr().err == f"note: {notes[0]}\n"
+
+
+def test_no_note_where_nothing_is_wrong(capsys):
+    assert coco_eval(instances(ann(), ann((0, 0, 9, 9), 2, 2)), [det(0.9)])["notes"] == []
+    assert coco_eval(instances(*FAR), [det(0.9)])["notes"] == []     # simply missed
+    assert capsys.readouterr().err == ""
+
+
+def test_ids_of_any_size_and_classes_of_one_name():
+    gt = dict(images=[dict(id=2**70)], categories=[dict(id=10**30, name="a"), dict(id=5, name="a")],
+              annotations=[ann(BOX, 2**70, 10**30, id=2**80)])
+    result = coco_eval(gt, [det(0.9, BOX, 2**70, 10**30)])
+    assert result["ap_per_class"] == pytest.approx({"a (5)": NAN, f"a ({10**30})": 1}, nan_ok=True)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(image_id=[1]), ["detection 1", "image_id", "[1]"]),
+    (dict(image_id=None), ["detection 1", "image_id", "None"])])
+def test_an_id_of_a_wrong_type_is_named(change, words):
+    test_a_bad_detection_is_named(change, words)
+
+
+def test_numbers_and_curves_as_json(tmp_path, capsys):
+    gt, dets = instances(ann(), ann((0, 0, 9, 9))), [det(0.9), det(0.8, (70, 70, 9, 9))]
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps(dets))
+    files = ["--gt", str(tmp_path / "gt.json"), "--dt", str(tmp_path / "dt.json")]
+    evaluate.main([*files, "--json", str(tmp_path / "out.json")])
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "maxDets=100 ] = 0.505\n" in out                      # 51 of 101 recall thresholds
+    assert re.search(r"cat +0\.505 +0\.505 +2\ndog +- +- +0\n", out)
+    assert result["stats"]["AP"] == result["stats"]["AP50"] == pytest.approx(51 / 101)
+    assert result["stats"]["AR@1"] == 0.5 and result["stats"]["AP_large"] == -1
+    assert result["per_class"][1] == dict(id=2, name="dog", objects=0, AP=None, AP50=None, AR=None)
+    assert np.shape(result["precision"]) == (10, 101, 2, 4, 3) == np.shape(result["scores"])
+    assert np.shape(result["recall"]) == (10, 2, 4, 3)
+    with pytest.raises(ValueError, match="no folder"):
+        evaluate.main([*files, "--json", str(tmp_path / "absent" / "out.json")])
+    evaluate.main([*files, "--max_dets", "1"])
+    assert "AP is at 1 detections" in capsys.readouterr().err
+
+
+# -- the evaluator: masks ------------------------------------------------------------------------
+
+def pixels(edges, h, w):
+    """A mask's edges as an array (h, w) of 0 and 1, column by column."""
+    flat = np.zeros(h * w, int)
+    for start, end in zip(edges[::2], edges[1::2]):
+        flat[start:end] = 1
+    return flat.reshape(w, h).T
+
+
+def test_masks_by_hand():
+    square = pixels(mask_edges([[2, 2, 5, 2, 5, 5, 2, 5]], 7, 8), 7, 8)
+    assert square.sum() == 9 and square[2:5, 2:5].all()
+    hole = [[0, 0, 6, 0, 6, 6, 0, 6], [2, 2, 4, 2, 4, 4, 2, 4]]  # a second ring cuts no hole
+    assert pixels(mask_edges(hole, 7, 8), 7, 8).sum() == 36
+    star = [[0, 0, 6, 0, 6, 6, 0, 6, 0, 0, 2, 2, 2, 4, 4, 4, 4, 2, 2, 2]]   # one ring does
+    assert pixels(mask_edges(star, 7, 8), 7, 8).sum() == 32
+    column = dict(size=[3, 2], counts=[1, 2, 3])
+    assert pixels(mask_edges(column, 3, 2), 3, 2).tolist() == [[0, 0], [1, 0], [1, 0]]
+    assert mask_edges(dict(size=[3, 2], counts="123"), 3, 2).tolist() == [1, 3]
+    assert mask_edges(dict(size=[3, 2], counts=b"06"), 3, 2).tolist() == [0, 6]
+    assert mask_edges(dict(size=[3, 2], counts=[6]), 3, 2).tolist() == []
+
+
+def test_mask_overlap_equals_that_of_pixels():
+    rng = np.random.default_rng(0)
+    h, w = 9, 11
+    masks = np.empty(40, object)
+    masks[:] = [mask_edges(random_segmentation(rng, h, w), h, w) for _ in masks]
+    a, b = rng.integers(0, 40, (2, 200))
+    crowd = rng.random(200) < 0.3
+    iou = evaluate.mask_overlap(masks[a], masks[b], crowd)
+    for n, (i, j) in enumerate(zip(a, b)):
+        p, q = pixels(masks[i], h, w), pixels(masks[j], h, w)
+        whole = p.sum() if crowd[n] else (p | q).sum()
+        assert iou[n] == ((p & q).sum() / whole if (p & q).any() else 0)
+        y, x = np.nonzero(p)
+        box = evaluate.mask_box(masks[i], h)
+        if len(x):
+            assert box[0] == x.min() and box[0] + box[2] == x.max() + 1
+            assert box[1] <= y.min() and box[1] + box[3] >= y.max() + 1
+
+
+@pytest.mark.parametrize("segmentation, words", [
+    (None, "neither"), ([], "empty list"), ([[]], "three points"), ([[1, 1, 2, 2]], "three points"),
+    ([[1, 1, 2, 2, 3, 3, 4]], "three points"), ([[1, 1, 5, 1, 5, NAN]], "beyond"),
+    ([[0, 0, 1e9, 0, 0, 1e9]], "beyond"), ([["a"] * 6], "three points"),
+    (dict(size=[9, 9], counts=[81]), r"size \[9, 9\]"), (dict(size=[7, 8]), "neither"),
+    (dict(size=[7, 8], counts=[10, 20]), "no runs of 7 x 8"),
+    (dict(size=[7, 8], counts=[60, -4]), "no runs"), (dict(size=[7, 8], counts=[]), "no runs"),
+    (dict(size=[7, 8], counts=[56.0]), "no runs"), (dict(size=[7, 8], counts="`"), "cut short"),
+    (dict(size=[7, 8], counts=""), "cut short"), (dict(size=[7, 8], counts="\x05"), "cut short"),
+    (dict(size=[7, 8], counts=[2**62] * 4 + [56]), "no runs"), (dict(size=3, counts=[56]), "int")])
+def test_malformed_masks_are_refused(segmentation, words):
+    gt = instances(ann(segmentation=segmentation))
+    gt["images"] = [dict(id=1, height=7, width=8)]
+    with pytest.raises(ValueError, match=f"annotation 0 .*{words}"):
+        coco_eval(gt, [], "segm")
+
+
+def test_a_mask_has_its_own_area_unless_strict(capsys):
+    big, thin = [[0, 0, 50, 0, 50, 50, 0, 50]], [[0, 0, 50, 0, 50, 10, 0, 10]]
+    gt = instances(full(area=2500, segmentation=big), full(id=2, area=500, segmentation=thin))
+    gt["images"] = [dict(id=1, height=60, width=60)]
+    miss = dict(det(0.9, (0, 0, 50, 50)), segmentation=[[5, 20, 20, 20, 20, 30, 5, 30]])
+    hits = [dict(det(0.8, (0, 0, 1, 1)), segmentation=s) for s in (big, thin)]
+    sane = coco_eval(gt, [miss, *hits], "segm")
+    assert sane["stats"][3:5].tolist() == pytest.approx([0.5, 1])      # 150 pixels: a small miss
+    assert "size is that of their mask" in sane["notes"][0]
+    strict = coco_eval(gt, [miss, *hits], "segm", strict=True)
+    assert strict["stats"][3:5].tolist() == pytest.approx([1, 0.5])    # 2500: a medium one
+    del gt["images"][0]["width"]
+    with pytest.raises(ValueError, match="detection 0 .* width None"):
+        coco_eval(gt, [miss], "segm")
 
 
 SMALL = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=2, dropout=0.0)
