@@ -115,52 +115,47 @@ class MetaFormerConfig:
     pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
     head_size: Annotated[int, "channels of an attention head"] = 32
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 256
-    patch_size: Annotated[int, "side of an isotropic model's patches in pixels"] = 16
     layer_scale: Annotated[float, "first value of LayerScale, 0 = without"] = 1e-5
-    drop_path: Annotated[float, "stochastic depth of the last block; linear, the first's is 0"] = 0.1
+    drop_path: Annotated[float, "stochastic depth of the last block, linear from 0"] = 0.1
     head_dropout: Annotated[float, "dropout in the MLP head"] = 0.0
-    image_size: Annotated[int, "largest side in pixels that fixed-grid mixers and positions take"] = 224
+    image_size: Annotated[int, "largest side in pixels for fixed-grid mixers, positions"] = 224
     num_classes: Annotated[int, "classes K; data sets set it"] = 1000
     maps: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
 
     def __post_init__(self):
         for field, known in (("family", ("poolformer", "baselines", "isotropic")),
-                             ("norm", TOKEN_NORMS), ("activation", ACTIVATIONS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"--{field} {getattr(self, field)} is unknown, use one of: "
-                                 f"{', '.join(known)}")
-        for mixer in self.mixers.split(","):
-            if mixer not in MIXERS:
-                raise ValueError(f"--mixers {self.mixers}: {mixer} is unknown, use one of: "
-                                 f"{', '.join(MIXERS)}")
-        n, stages = len(self.depths.split(",")), 1 if self.family == "isotropic" else 4
-        if n != stages or len(self.widths.split(",")) != n or len(self.stages) != n:
+                             ("norm", TOKEN_NORMS), ("activation", ACTIVATIONS),
+                             ("mixers", MIXERS)):
+            value = getattr(self, field)
+            if not set(value.split(",") if field == "mixers" else [value]) <= set(known):
+                raise ValueError(f"--{field} {value} is unknown, use: {', '.join(known)}")
+        n = 1 if self.family == "isotropic" else 4
+        if {len(self.depths.split(",")), len(self.widths.split(",")), len(self.stages)} != {n}:
             raise ValueError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
-                             f"{self.mixers} must be of {stages} stage(s), separated by commas")
+                             f"{self.mixers} must be of {n} stage(s), separated by commas")
         for depth, width, mixer in self.stages:
             if depth < 1 or width < 1 or mixer == "attention" and width % self.head_size:
-                raise ValueError(f"--depths {self.depths} and --widths {self.widths} must be over "
-                                 f"0, with attention widths multiples of --head_size "
-                                 f"{self.head_size}")
+                raise ValueError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
+                                 f", attention's a multiple of --head_size {self.head_size}")
         if self.pool_size % 2 == 0:
             raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
-        if not 0 <= self.drop_path < 1 or not 0 <= self.head_dropout < 1:
-            raise ValueError(f"--drop_path {self.drop_path} and --head_dropout "
-                             f"{self.head_dropout} must be at least 0 and below 1")
+        for field in ("drop_path", "head_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"--{field} {getattr(self, field)} must be in [0, 1)")
+        for field in ("num_classes", "image_size", "pool_size", "token_dim", "head_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
         if self.positions and "attention" not in self.mixers:
             raise ValueError(f"--positions are for --mixers with attention, not {self.mixers}")
         if not set(self.maps.split(",") if self.maps else ()) <= {str(k + 1) for k in range(n)}:
             raise ValueError(f"--maps {self.maps} must name stages from 1 to {n}, as in 1,{n}")
-        if min(self.num_classes, self.image_size, self.pool_size, self.token_dim) < 1:
-            raise ValueError("--num_classes, --image_size, --pool_size and --token_dim must be at "
-                             "least 1")
 
     @property
     def stages(self):
         """(blocks, channels, mixer) of each stage."""
         depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
         mixers = mixers * len(depths) if len(mixers) == 1 else mixers
-        return list(zip(map(int, depths), map(int, widths), mixers, strict=False))
+        return list(zip(map(int, depths), map(int, widths), mixers))
 
 
 class Normalise(nn.Module):
@@ -420,8 +415,11 @@ class PoolMixer(nn.Module):
 def to_grid(x, valid, grid):
     """Tokens (B, N, C) as a map (B, C, H, W), zeros in the padding, and valid as one of 0 and 1."""
     (B, N, C), (H, W) = x.shape, grid
-    v = x.new_ones(1, 1, H, W) if valid is None else valid.view(B, 1, H, W).to(x.dtype)
-    return x.transpose(1, 2).view(B, C, H, W) * v, v
+    g = x.transpose(1, 2).view(B, C, H, W)
+    if valid is None:
+        return g, x.new_ones(1, 1, H, W)
+    v = valid.view(B, 1, H, W).to(x.dtype)
+    return g * v, v
 
 
 class IdentityMixer(nn.Module):
@@ -564,7 +562,7 @@ class GroupNorm(nn.Module):
     statistics are those of the valid tokens.
     """
 
-    def __init__(self, C, eps, bias):
+    def __init__(self, C, eps, bias=True):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(C))
         self.bias = nn.Parameter(torch.zeros(C)) if bias else None
@@ -582,7 +580,7 @@ class GroupNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Normalises each token over its channels."""
 
-    def __init__(self, C, eps, bias):
+    def __init__(self, C, eps, bias=True):
         super().__init__(C, eps, bias=bias)
 
     def forward(self, x, valid):
@@ -592,23 +590,26 @@ class LayerNorm(nn.LayerNorm):
 class TokenBatchNorm(BatchNorm2d):
     """Normalises each channel over all images; in training over their padding, too."""
 
-    def __init__(self, C, eps, bias):
+    def __init__(self, C, eps, bias=True):
         super().__init__(C, eps)
 
     def forward(self, x, valid):
         return super().forward(x.transpose(1, 2)[..., None]).squeeze(3).transpose(1, 2)
 
 
-class NoNorm(nn.Module):
-    def __init__(self, C, eps, bias):
-        super().__init__()
-
+class NoNorm(nn.Identity):
     def forward(self, x, valid):
         return x
 
 
 TOKEN_NORMS = {"group": GroupNorm, "layer": LayerNorm, "batch": TokenBatchNorm, "none": NoNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "starrelu": StarReLU}
+
+
+def token_norm(cfg, C):
+    """The norm of a MetaFormer's blocks for C channels."""
+    eps = 1e-5 if cfg.family == "poolformer" else 1e-6
+    return TOKEN_NORMS[cfg.norm](C, eps, bias=cfg.family != "baselines")
 
 
 class Downsample(nn.Module):
@@ -662,16 +663,13 @@ class MetaFormerBlock(nn.Module):
     def __init__(self, cfg, stage, max_grid, drop_path):
         super().__init__()
         _, C, mixer = cfg.stages[stage]
-        self.residual, self.drop_path = cfg.residual, drop_path
-        bias, eps = cfg.family != "baselines", 1e-5 if cfg.family == "poolformer" else 1e-6
-        for_mixer = SimpleNamespace(
+        self.residual, self.drop_path, bias = cfg.residual, drop_path, cfg.family != "baselines"
+        self.norm1 = token_norm(cfg, C)
+        self.token_mixer = MIXERS[mixer](SimpleNamespace(
             hidden_dim=C, nheads=C // cfg.head_size, dropout=0.0, pool_size=cfg.pool_size,
-            token_dim=cfg.token_dim, qkv_bias=cfg.family == "isotropic", out_bias=bias)
-        self.norm1 = TOKEN_NORMS[cfg.norm](C, eps, bias)
-        self.token_mixer = MIXERS[mixer](for_mixer, max_grid)
-        if cfg.channel_mlp:
-            self.norm2 = TOKEN_NORMS[cfg.norm](C, eps, bias)
-            self.mlp = ChannelMLP(C, cfg.activation, bias)
+            token_dim=cfg.token_dim, qkv_bias=cfg.family == "isotropic", out_bias=bias), max_grid)
+        self.norm2 = token_norm(cfg, C) if cfg.channel_mlp else None
+        self.mlp = ChannelMLP(C, cfg.activation, bias) if cfg.channel_mlp else None
         for k in (1, 2) if cfg.channel_mlp else (1,):
             if cfg.layer_scale:
                 setattr(self, f"layer_scale_{k}", nn.Parameter(torch.full((C,), cfg.layer_scale)))
@@ -680,22 +678,21 @@ class MetaFormerBlock(nn.Module):
 
     def forward(self, x, valid, grid):
         x = self.add(x, self.token_mixer(self.norm1(x, valid), None, valid, grid), 1)
-        if hasattr(self, "mlp"):
+        if self.mlp:
             x = self.add(x, self.mlp(self.norm2(x, valid)), 2)
         return x
 
     def add(self, x, y, k):
         """Skip x and branch y of residual k, both (B, N, C), scaled where there is a scale."""
-        layer_scale = getattr(self, f"layer_scale_{k}", None)
-        res_scale = getattr(self, f"res_scale_{k}", None)
+        layer_scale, res_scale = (getattr(self, f"{s}_scale_{k}", None) for s in ("layer", "res"))
         if layer_scale is not None:
             y = y * layer_scale
         if self.training and self.drop_path:
             keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
             y = y * (keep / (1 - self.drop_path)).to(y.dtype)
-        if not self.residual:
-            return y
-        return y + (x if res_scale is None else x * res_scale)
+        if res_scale is not None:
+            x = x * res_scale
+        return x + y if self.residual else y
 
 
 class MlpHead(nn.Module):
@@ -721,49 +718,36 @@ class MetaFormer(nn.Module):
         super().__init__()
         self.cfg, self.normalise = cfg, Normalise()
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
-        self.fixed_grids = {}                                       # of stages that have one
-        self.pos_embed = self.cls_token = None
-        blocks, i, cin, side = sum(depth for depth, _, _ in cfg.stages), 0, 3, cfg.image_size
+        self.pos_embed, self.cls_token, self.limits = None, None, {}
+        n, cin, side = sum(depth for depth, _, _ in cfg.stages), 3, cfg.image_size
+        rates = iter([cfg.drop_path * i / max(1, n - 1) for i in range(n)])
         for k, (depth, C, mixer) in enumerate(cfg.stages):
             kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
             if cfg.family == "isotropic":
-                kernel, stride, padding = cfg.patch_size, cfg.patch_size, 0
+                kernel, stride, padding = 16, 16, 0
             self.downsample_layers.append(
                 Downsample(cin, C, kernel, stride, padding, cfg.family == "baselines"))
             cin, side = C, (side + 2 * padding - kernel) // stride + 1
-            rates = [cfg.drop_path * j / max(1, blocks - 1) for j in range(i, i + depth)]
             self.stages.append(nn.ModuleList(
-                MetaFormerBlock(cfg, k, (side, side), rate) for rate in rates))
-            i += depth
+                MetaFormerBlock(cfg, k, (side, side), next(rates)) for _ in range(depth)))
+            if hasattr(self.stages[k][0].token_mixer, "max_grid"):
+                self.limits[k] = side
             if cfg.positions and mixer == "attention" and self.pos_embed is None:
-                self.positions_at = k
-                if cfg.family == "isotropic":
-                    self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-                cls = 0 if self.cls_token is None else 1            # the first position is its
+                self.positions_at, self.limits[k] = k, side
+                cls = 1 if cfg.family == "isotropic" else 0         # the first position is its
+                self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if cls else None
                 self.pos_embed = nn.Parameter(torch.zeros(1, cls + side * side, C))
-                self.fixed_grids[k] = side, side
-            elif hasattr(self.stages[k][0].token_mixer, "max_grid"):
-                self.fixed_grids[k] = side, side
         self.num_channels = C
-        self.build_outputs(C)
+        for k in map(int, cfg.maps.split(",") if cfg.maps else ()):  # official: norm0, norm2, ...
+            self.add_module(f"norm{2 * k - 2}", token_norm(cfg, cfg.stages[k - 1][1]))
+        if not cfg.maps:
+            self.norm = LayerNorm(C, 1e-6) if cfg.family == "baselines" else token_norm(cfg, C)
+            self.head = MlpHead(C, cfg) if cfg.mlp_head else nn.Linear(C, cfg.num_classes)
         self.init_weights()
 
-    def build_outputs(self, C):
-        """A norm for each of the maps, in the official names norm0, norm2, ...; or norm and head."""
-        cfg = self.cfg
-        eps = 1e-5 if cfg.family == "poolformer" else 1e-6
-        for stage in cfg.maps.split(",") if cfg.maps else ():
-            k = int(stage) - 1
-            norm = TOKEN_NORMS[cfg.norm](cfg.stages[k][1], eps, cfg.family != "baselines")
-            self.add_module(f"norm{2 * k}", norm)
-        if not cfg.maps:
-            kind = "layer" if cfg.family == "baselines" else cfg.norm
-            self.norm = TOKEN_NORMS[kind](C, eps, True)
-            self.head = MlpHead(C, cfg) if cfg.mlp_head else nn.Linear(C, cfg.num_classes)
-
     def init_weights(self):
-        """Normal with deviation 0.02, biases 0; PyTorch's default in all strided convolutions but
-        the baselines', and positions from 0 in the poolformer family: as in the official codes."""
+        """Normal with deviation 0.02, biases 0; PyTorch's default in the strided convolutions of
+        all but the baselines, and PoolFormer's positions start from 0: as in the official codes."""
         default = {"poolformer": ("downsample_layers.", "pos_embed"), "baselines": (),
                    "isotropic": ("downsample_layers.",)}[self.cfg.family]
         for name, p in self.named_parameters():
@@ -799,48 +783,46 @@ class MetaFormer(nn.Module):
         gets the map without that norm. An image's features are the same whatever it is batched
         with, if its padding is at the right and below; where the padding is, they mean nothing.
         """
-        outputs = self.run(self.normalise(images, valid), valid)
-        return [self.map_of(k, *output)[0] for k, output in enumerate(outputs)
-                if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(",")]
+        return [m for m, _ in self.stage_maps(self.normalise(images, valid), valid)]
 
-    def last_map(self, x, valid):
-        """Normalised images, and valid (B, IH, IW) or None, to the last map and its valid."""
-        return self.map_of(len(self.stages) - 1, *self.run(x, valid)[-1])
-
-    def map_of(self, k, x, valid, grid):
-        """Stage k's tokens as a normed map (B, C, H, W), and valid as (B, H, W)."""
-        if self.cfg.maps:
-            x = getattr(self, f"norm{2 * k}")(x, valid)
-        x = x[:, -grid[0] * grid[1]:].transpose(1, 2).unflatten(2, grid)
-        return x, None if valid is None else valid[:, -grid[0] * grid[1]:].view(-1, *grid)
+    def stage_maps(self, x, valid):
+        """Normalised images and valid (B, IH, IW) or None to those of each map."""
+        maps = []
+        for k, (x, valid, (H, W)) in enumerate(self.run(x, valid)):
+            if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(","):
+                x = getattr(self, f"norm{2 * k}")(x, valid) if self.cfg.maps else x
+                x = x[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
+                maps.append((x, None if valid is None else valid[:, -H * W:].view(-1, H, W)))
+        return maps
 
     def run(self, x, valid):
         """Normalised images to the tokens (B, N, C), valid (B, N) and grid after every stage."""
-        size, grid, outputs = tuple(x.shape[2:]), x.shape[2:], []
-        x, valid = x.flatten(2).transpose(1, 2), None if valid is None else valid.flatten(1)
+        (IH, IW), outputs = x.shape[2:], []
+        grid, x = (IH, IW), x.flatten(2).transpose(1, 2)            # every pixel a token
+        valid = None if valid is None else valid.flatten(1)
         for k, blocks in enumerate(self.stages):
             x, valid, grid = self.downsample_layers[k](x, valid, grid)
-            rows, cols = self.fixed_grids.get(k, grid)
-            if grid[0] > rows or grid[1] > cols:
+            (H, W), limit = grid, self.limits.get(k, max(grid))
+            if max(H, W) > limit:
                 raise ValueError(
-                    f"images of {size[0]} x {size[1]} pixels give stage {k + 1} a grid of "
-                    f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens; its {self.cfg.stages[k][2]} "
-                    f"mixer or positions end at {rows} x {cols} = {rows * cols}: build the model "
-                    f"with image_size={max(size)}, or use images up to {self.cfg.image_size}")
+                    f"{IH} x {IW} pixels give stage {k + 1} {H} x {W} = {H * W} tokens, its "
+                    f"{self.cfg.stages[k][2]} mixer or positions end at {limit} x {limit} = "
+                    f"{limit**2}: build the model with image_size={max(IH, IW)}, or use images "
+                    f"of at most {self.cfg.image_size}")
             if self.pos_embed is not None and k == self.positions_at:
-                x, valid = self.add_positions(x, valid, grid, rows, cols)
+                x, valid = self.add_positions(x, valid, H, W, limit)
             for block in blocks:
                 x = block(x, valid, grid)
             outputs.append((x, valid, grid))
         return outputs
 
-    def add_positions(self, x, valid, grid, rows, cols):
-        """Adds the upper left part of the rows x cols positions, and puts the class token first."""
-        pos = self.pos_embed[:, -rows * cols:].unflatten(1, (rows, cols))
-        x = x + pos[:, :grid[0], :grid[1]].flatten(1, 2)
+    def add_positions(self, x, valid, H, W, side):
+        """Adds the upper left part of the positions, and puts the class token first."""
+        pos = self.pos_embed[:, -side * side:].unflatten(1, (side, side))
+        x = x + pos[:, :H, :W].flatten(1, 2)
         if self.cls_token is not None:
-            cls = self.cls_token + self.pos_embed[:, :1]
-            x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
+            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
             valid = None if valid is None else F.pad(valid, (1, 0), value=True)
         return x, valid
 
@@ -1016,7 +998,7 @@ class Backbone(nn.Module):
     def forward(self, x, valid):
         """Images (B, 3, IH, IW) and valid (B, IH, IW), or None, to those of the last map."""
         if isinstance(self.body, MetaFormer):
-            return self.body.last_map(x, valid)
+            return self.body.stage_maps(x, valid)[-1]
         x = self.body(x)                                            # (B, num_channels, H, W)
         if valid is not None:
             valid = F.interpolate(valid[:, None].float(), size=x.shape[2:])[:, 0] > 0  # nearest
