@@ -130,7 +130,9 @@ class MetaFormerConfig:
             if not set(value.split(",") if field == "mixers" else [value]) <= set(known):
                 raise ValueError(f"--{field} {value} is unknown, use: {', '.join(known)}")
         n = 1 if self.family == "isotropic" else 4
-        if {len(self.depths.split(",")), len(self.widths.split(",")), len(self.stages)} != {n}:
+        depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
+        if (len(depths), len(widths)) != (n, n) or len(mixers) not in (1, n) or not all(
+                x.isdecimal() for x in depths + widths):
             raise ValueError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
                              f"{self.mixers} must be of {n} stage(s), separated by commas")
         for depth, width, mixer in self.stages:
@@ -628,7 +630,7 @@ class Downsample(nn.Module):
             self.post_norm = nn.LayerNorm(cout, 1e-6, bias=False)
         elif norms:
             self.pre_norm = nn.LayerNorm(cin, 1e-6, bias=False)
-        self.first = k - 1 - 2 * padding        # last input row that the first output row needs
+        self.first = k - 1 - 2 * padding    # output row i is there if input row first + i*stride is
 
     def forward(self, x, valid, grid):
         if self.pre_norm:
@@ -763,6 +765,8 @@ class MetaFormer(nn.Module):
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Raises ValueError for images larger than a fixed grid allows.
         """
+        if self.cfg.maps:
+            raise ValueError(f"built with maps={self.cfg.maps}, without a classifier: use features")
         x, valid, _ = self.run(self.normalise(images, valid), valid)[-1]
         if self.cfg.family != "baselines":
             x = self.norm(x, valid)
@@ -777,22 +781,24 @@ class MetaFormer(nn.Module):
         return self.head(x).float()
 
     def features(self, images, valid=None):
-        """List of maps (B, C, H, W) at strides 4, 8, 16 and 32; arguments as in forward.
+        """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
 
-        With cfg.maps those of these stages alone, each behind a norm of its own; the next stage
-        gets the map without that norm. An image's features are the same whatever it is batched
-        with, if its padding is at the right and below; where the padding is, they mean nothing.
+        Arguments as in forward. With cfg.maps those of these stages alone, each behind a norm of
+        its own; the next stage gets the map without that norm. In eval mode no padding leaks: an
+        image in the upper left of its canvas has the features it has alone, at the places it has
+        alone, for neither convolutions, nor group norms, nor mixers see the padding. (In training
+        batch norm does.) What lies in the padded places themselves means nothing.
         """
         return [m for m, _ in self.stage_maps(self.normalise(images, valid), valid)]
 
     def stage_maps(self, x, valid):
         """Normalised images and valid (B, IH, IW) or None to those of each map."""
         maps = []
-        for k, (x, valid, (H, W)) in enumerate(self.run(x, valid)):
+        for k, (y, v, (H, W)) in enumerate(self.run(x, valid)):
             if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(","):
-                x = getattr(self, f"norm{2 * k}")(x, valid) if self.cfg.maps else x
-                x = x[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
-                maps.append((x, None if valid is None else valid[:, -H * W:].view(-1, H, W)))
+                y = getattr(self, f"norm{2 * k}")(y, v) if self.cfg.maps else y
+                y = y[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
+                maps.append((y, None if v is None else v[:, -H * W:].reshape(-1, H, W)))
         return maps
 
     def run(self, x, valid):
@@ -856,14 +862,18 @@ METAFORMERS |= {f"{name}_{s}": replace(METAFORMERS[f"poolformer_{s}"], mixers=mi
                                      ("randformer", "identity,identity,random,random"))
                 for s in SIZES}
 METAFORMERS["randformer_m48"] = replace(METAFORMERS["randformer_m48"], drop_path=0.3)
-for s, depths, widths, conv_path, ca_path, ca_dropout in (
-        ("s18", "3,3,9,3", SMALL, 0.2, 0.15, 0.0), ("s36", "3,12,18,3", SMALL, 0.3, 0.3, 0.4),
-        ("m36", "3,12,18,3", "96,192,384,576", 0.4, 0.4, 0.4),
-        ("b36", "3,12,18,3", "128,256,512,768", 0.6, 0.6, 0.5)):
-    size = MetaFormerConfig(depths=depths, widths=widths, norm="layer", mlp_head=True, **BASELINES)
-    METAFORMERS[f"convformer_{s}"] = replace(size, mixers="sepconv", drop_path=conv_path)
-    METAFORMERS[f"caformer_{s}"] = replace(size, mixers="sepconv,sepconv,attention,attention",
-                                           drop_path=ca_path, head_dropout=ca_dropout)
+# depths, widths, stochastic depth of ConvFormer and of CAFormer, dropout in CAFormer's head
+CONV = dict(norm="layer", mlp_head=True, **BASELINES)
+CONV_SIZES = {"s18": ("3,3,9,3", SMALL, 0.2, 0.15, 0.0), "s36": ("3,12,18,3", SMALL, 0.3, 0.3, 0.4),
+              "m36": ("3,12,18,3", "96,192,384,576", 0.4, 0.4, 0.4),
+              "b36": ("3,12,18,3", "128,256,512,768", 0.6, 0.6, 0.5)}
+METAFORMERS |= {f"convformer_{s}": MetaFormerConfig(depths=depths, widths=widths, mixers="sepconv",
+                                                    drop_path=rate, **CONV)
+                for s, (depths, widths, rate, _, _) in CONV_SIZES.items()}
+METAFORMERS |= {f"caformer_{s}": MetaFormerConfig(depths=depths, widths=widths, drop_path=rate,
+                                                  mixers="sepconv,sepconv,attention,attention",
+                                                  head_dropout=dropout, **CONV)
+                for s, (depths, widths, _, rate, dropout) in CONV_SIZES.items()}
 # arXiv:2012.12877, Table 1 (DeiT, which is ViT); arXiv:2105.01601, Table 1
 ISOTROPIC = dict(family="isotropic", norm="layer", layer_scale=0.0)
 METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="attention",
@@ -872,6 +882,7 @@ METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="atte
 METAFORMERS |= {f"mixer_{s}16": MetaFormerConfig(depths=depth, widths=C, mixers="mlp",
                                                  token_dim=token_dim, **ISOTROPIC)
                 for s, depth, C, token_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}
+
 
 # -- transformer ---------------------------------------------------------------------------------
 
@@ -1099,7 +1110,8 @@ def our_names(state):
     """A MetaFormer's state dict with official names and shapes, in ours; ours stays as it is.
 
     Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
-    positions; of the baselines; and of DeiT.
+    positions; of the baselines; and of DeiT. Not those of Google's ViT and MLP-Mixer: they expect
+    other pixel means than ImageNet's.
     """
     places = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
     stage = 0
@@ -1150,11 +1162,11 @@ def load_weights(model, source, strict=True):
     target = model
     if isinstance(model, DETR) and not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # from a classifier
-    left_out, new = ("fc.",), ()
+    left_out = new = ()
     if isinstance(target, MetaFormer):
         state = our_names(state)
-        if target.cfg.maps:                                         # no classifier
-            left_out, new = ("norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
+    if target is not model or isinstance(model, MetaFormer) and model.cfg.maps:
+        left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
     own, report, faults = target.state_dict(), [], []
     for key in sorted(own.keys() | state.keys()):
         if key in own and key in state and own[key].shape == state[key].shape:

@@ -1045,6 +1045,7 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     (dict(mixers="pool,magic"), "--mixers pool,magic.*sepconv"),
     (dict(activation="tanh"), "--activation tanh"), (dict(pool_size=2), "--pool_size 2 must be"),
     (dict(depths="2,2,6"), "--depths 2,2,6.*4 stage"), (dict(mixers="pool,fc"), "--mixers pool,fc"),
+    (dict(widths="64,x,320,512"), "--widths 64,x"), (dict(mixers="pool," * 4 + "fc"), "4 stage"),
     (dict(mixers="attention", head_size=48), "--head_size 48"),
     (dict(positions=True), "--positions"), (dict(drop_path=1.0), "--drop_path 1.0"),
     (dict(maps="0,5"), "--maps 0,5"), (dict(num_classes=0), "--num_classes 0")])
