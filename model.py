@@ -37,7 +37,7 @@ class ModelConfig:
     encoder_mixer: Annotated[str, "token mixer of the encoder alone"] = ""
     decoder_mixer: Annotated[str, "token mixer of the decoder alone"] = ""
     pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
-    grid_rows: Annotated[int, "rows of the largest token grid that mlp and random can take"] = 42
+    grid_rows: Annotated[int, "rows of the largest token grid that mlp, fc and random take"] = 42
     grid_cols: Annotated[int, "columns of it; 42 x 42 covers 1333 pixels at stride 32"] = 42
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 128
     backbone: Annotated[str, "a ResNet, or a MetaFormer such as poolformer_s12"] = "resnet50"
