@@ -1,12 +1,14 @@
-"""DETR with a choice of token mixer, in the state-dict names of the official implementation.
+"""DETR with a choice of token mixer, and the MetaFormer classifiers that the mixers come from.
 
     model = build_model("detr_r50", mixer="pool")
     logits, boxes = model(images, valid)         # uint8 (B, 3, IH, IW), bool (B, IH, IW)
     load_weights(build_model("detr_r50"), "detr-r50-e632da11.pth")
+    logits = build_model("poolformer_s12")(images)
     python model.py                              # parameters, multiply-adds and speed of each model
 
-Papers: DETR, arXiv:2005.12872; ResNet, arXiv:1512.03385; MetaFormer, arXiv:2111.11418; MLP-Mixer,
-arXiv:2105.01601; attention and sine positions, arXiv:1706.03762.
+DETR has the state-dict names of the official implementation.
+Papers: DETR, arXiv:2005.12872; ResNet, arXiv:1512.03385; MetaFormer, arXiv:2111.11418 and
+arXiv:2210.13452; MLP-Mixer, arXiv:2105.01601; attention and sine positions, arXiv:1706.03762.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pickle
 import time
 import urllib.error
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Annotated
 
 import torch
@@ -34,10 +37,10 @@ class ModelConfig:
     encoder_mixer: Annotated[str, "token mixer of the encoder alone"] = ""
     decoder_mixer: Annotated[str, "token mixer of the decoder alone"] = ""
     pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
-    grid_rows: Annotated[int, "rows of the largest token grid that mlp and random can take"] = 42
+    grid_rows: Annotated[int, "rows of the largest token grid that mlp, fc and random take"] = 42
     grid_cols: Annotated[int, "columns of it; 42 x 42 covers 1333 pixels at stride 32"] = 42
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 128
-    backbone: Annotated[str, "a key of RESNETS"] = "resnet50"
+    backbone: Annotated[str, "a ResNet, or a MetaFormer such as poolformer_s12"] = "resnet50"
     backbone_norm: Annotated[str, "frozen (for pretrained weights) or batch"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
@@ -51,10 +54,12 @@ class ModelConfig:
     num_queries: Annotated[int, "queries Q, an upper bound of the objects in an image"] = 100
     pre_norm: Annotated[bool, "normalise before each block instead of after it"] = False
     num_classes: Annotated[int, "classes K without the no-object class; data sets set it"] = 91
+    qkv_bias = out_bias = True              # no annotation, no option: DETR's attention has both
 
     def __post_init__(self):
+        maps = [name for name, cfg in METAFORMERS.items() if cfg.family != "isotropic"]
         for field, known in (("mixer", MIXERS), ("encoder_mixer", MIXERS),
-                             ("decoder_mixer", MIXERS), ("backbone", RESNETS),
+                             ("decoder_mixer", MIXERS), ("backbone", (*RESNETS, *maps)),
                              ("backbone_norm", NORMS),
                              ("position_embedding", ("sine", "learned"))):
             value = getattr(self, field)
@@ -65,7 +70,7 @@ class ModelConfig:
         if nh < 1 or C < 1 or C % nh or C % 4:
             raise ValueError(f"--hidden_dim {self.hidden_dim} must be a multiple of --nheads "
                              f"{self.nheads} and of 4 (sine and cosine, rows and columns)")
-        if self.dilation and RESNETS[self.backbone][0] is BasicBlock:
+        if self.dilation and self.backbone not in ("resnet50", "resnet101"):
             raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for "
                              f"{self.backbone}")
         if not self.position_temperature > 0 or not 0 <= self.dropout < 1:
@@ -78,6 +83,100 @@ class ModelConfig:
             least = 0 if field == "enc_layers" else 1
             if getattr(self, field) < least:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least {least}")
+
+    @property
+    def stride(self):
+        """Pixels per token of the image, along rows and along columns."""
+        stages = len(RESNETS[self.backbone][1]) if self.backbone in RESNETS else 4
+        return 2 ** (stages + 1) // (2 if self.dilation else 1)
+
+
+@dataclass(frozen=True)
+class MetaFormerConfig:
+    """Everything that shapes a classifier of the MetaFormer family.
+
+    Three families differ in more than their sizes:
+    poolformer  arXiv:2111.11418. LayerScale on the branches; norm, then mean over tokens.
+    baselines   arXiv:2210.13452. No biases in blocks and their norms; a scale on the skip of the
+                last two stages; norms beside the strided convolutions; mean over tokens, then norm.
+    isotropic   one stage of patches: with positions (and a class token, which is read out) ViT,
+                arXiv:2010.11929; with the mlp mixer MLP-Mixer, arXiv:2105.01601.
+    """
+    family: Annotated[str, "poolformer, baselines or isotropic"] = "poolformer"
+    depths: Annotated[str, "blocks of each stage"] = "2,2,6,2"
+    widths: Annotated[str, "channels of each stage"] = "64,128,320,512"
+    mixers: Annotated[str, "token mixers, keys of MIXERS: one for all stages, or each"] = "pool"
+    norm: Annotated[str, "group (tokens and channels together), layer, batch or none"] = "group"
+    activation: Annotated[str, "of the channel MLP: gelu, relu, silu or starrelu"] = "gelu"
+    residual: Annotated[bool, "add the input of mixer and channel MLP to their output"] = True
+    channel_mlp: Annotated[bool, "have a channel MLP in each block"] = True
+    positions: Annotated[bool, "learned, added before the first stage with attention"] = False
+    mlp_head: Annotated[bool, "an MLP instead of a linear layer as the classifier"] = False
+    pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
+    head_size: Annotated[int, "channels of an attention head"] = 32
+    token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 256
+    layer_scale: Annotated[float, "first value of LayerScale, 0 = without"] = 1e-5
+    drop_path: Annotated[float, "stochastic depth of the last block, linear from 0"] = 0.1
+    head_dropout: Annotated[float, "dropout in the MLP head"] = 0.0
+    image_size: Annotated[int, "largest side in pixels for fixed-grid mixers, positions"] = 224
+    num_classes: Annotated[int, "classes K; data sets set it"] = 1000
+    maps: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
+
+    def __post_init__(self):
+        for field, known in (("family", ("poolformer", "baselines", "isotropic")),
+                             ("norm", TOKEN_NORMS), ("activation", ACTIVATIONS),
+                             ("mixers", MIXERS)):
+            value = getattr(self, field)
+            if not set(value.split(",") if field == "mixers" else [value]) <= set(known):
+                raise ValueError(f"--{field} {value} is unknown, use: {', '.join(known)}")
+        n = 1 if self.family == "isotropic" else 4
+        depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
+        if (len(depths), len(widths)) != (n, n) or len(mixers) not in (1, n) or not all(
+                x.isdecimal() for x in depths + widths):
+            raise ValueError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
+                             f"{self.mixers} must be of {n} stage(s), separated by commas")
+        for depth, width, mixer in self.stages:
+            if depth < 1 or width < 1 or mixer == "attention" and width % self.head_size:
+                raise ValueError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
+                                 f", attention's a multiple of --head_size {self.head_size}")
+        if self.pool_size % 2 == 0:
+            raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
+        for field in ("drop_path", "head_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"--{field} {getattr(self, field)} must be in [0, 1)")
+        for field in ("num_classes", "image_size", "pool_size", "token_dim", "head_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
+        if self.positions and "attention" not in self.mixers:
+            raise ValueError(f"--positions are for --mixers with attention, not {self.mixers}")
+        if not set(self.maps.split(",") if self.maps else ()) <= {str(k + 1) for k in range(n)}:
+            raise ValueError(f"--maps {self.maps} must name stages from 1 to {n}, as in 1,{n}")
+
+    @property
+    def stages(self):
+        """(blocks, channels, mixer) of each stage."""
+        depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
+        mixers = mixers * len(depths) if len(mixers) == 1 else mixers
+        return list(zip(map(int, depths), map(int, widths), mixers))
+
+
+class Normalise(nn.Module):
+    """Images uint8 or float 0..255 (B, 3, IH, IW), RGB, in units of ImageNet's mean and deviation.
+
+    What is not valid (B, IH, IW) becomes 0, the mean colour. Raises ValueError for another shape.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images, valid):
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
+                             f"(B, 3, IH, IW)")
+        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return x if valid is None else x * valid[:, None]
 
 
 # -- backbone ------------------------------------------------------------------------------------
@@ -213,17 +312,6 @@ class ResNet(nn.Module):
         return x                                                    # (B, num_channels, H, W)
 
 
-class Backbone(nn.Module):
-    """Only there for the official names, backbone.0.body."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.body = ResNet(cfg)
-
-    def forward(self, x):
-        return self.body(x)
-
-
 # -- positions -----------------------------------------------------------------------------------
 
 class SinePosition(nn.Module):
@@ -284,10 +372,11 @@ class AttentionMixer(nn.Module):
         super().__init__()
         C, self.nh, self.dropout = cfg.hidden_dim, cfg.nheads, cfg.dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * C, C))   # query, key and value
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
-        self.out_proj = nn.Linear(C, C)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * C)) if cfg.qkv_bias else None
+        self.out_proj = nn.Linear(C, C, bias=cfg.out_bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        if cfg.out_bias:
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, pos, valid, grid):
         x_pos = x if pos is None else x + pos
@@ -296,7 +385,9 @@ class AttentionMixer(nn.Module):
     def attend(self, q, k, v, valid):
         """Queries q (B, M, C) read values v (B, N, C) by keys k (B, N, C) where valid (B, N)."""
         (B, M, C), hs = q.shape, q.shape[2] // self.nh
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights, biases = self.in_proj_weight.chunk(3), (None,) * 3
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
         q, k, v = (F.linear(x, w, b).view(B, -1, self.nh, hs).transpose(1, 2)  # (B, nh, M or N, hs)
                    for x, w, b in zip((q, k, v), weights, biases))
         attended = None if valid is None else valid[:, None, None, :]          # True = attended to
@@ -326,8 +417,11 @@ class PoolMixer(nn.Module):
 def to_grid(x, valid, grid):
     """Tokens (B, N, C) as a map (B, C, H, W), zeros in the padding, and valid as one of 0 and 1."""
     (B, N, C), (H, W) = x.shape, grid
-    v = x.new_ones(1, 1, H, W) if valid is None else valid.view(B, 1, H, W).to(x.dtype)
-    return x.transpose(1, 2).view(B, C, H, W) * v, v
+    g = x.transpose(1, 2).view(B, C, H, W)
+    if valid is None:
+        return g, x.new_ones(1, 1, H, W)
+    v = valid.view(B, 1, H, W).to(x.dtype)
+    return g * v, v
 
 
 class IdentityMixer(nn.Module):
@@ -350,6 +444,54 @@ class ConvMixer(nn.Module):
     def forward(self, x, pos, valid, grid):
         g, _ = to_grid(x, valid, grid)                              # (B, C, H, W)
         return self.conv(g).flatten(2).transpose(1, 2)              # (B, N, C)
+
+
+class StarReLU(nn.Module):
+    """s * relu(x)^2 + b with learned numbers s and b (arXiv:2210.13452, Sec. 3.3).
+
+    They start at 1 and 0 as in the official code, not at the 0.894 and -0.447 derived in the paper.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.scale * F.relu(x).square() + self.bias
+
+
+class SepConvMixer(nn.Module):
+    """Depthwise 7 x 7 convolution between two linear layers (arXiv:2210.13452, Sec. 3.2)."""
+
+    def __init__(self, cfg, max_grid=None):
+        super().__init__()
+        C = cfg.hidden_dim
+        self.pwconv1, self.act1 = nn.Linear(C, 2 * C, bias=False), StarReLU()
+        self.dwconv = nn.Conv2d(2 * C, 2 * C, 7, padding=3, groups=2 * C, bias=False)
+        self.pwconv2 = nn.Linear(2 * C, C, bias=False)
+
+    def forward(self, x, pos, valid, grid):
+        g, _ = to_grid(self.act1(self.pwconv1(x)), valid, grid)     # (B, 2C, H, W)
+        return self.pwconv2(self.dwconv(g).flatten(2).transpose(1, 2))
+
+
+class FcMixer(nn.Module):
+    """One linear layer over tokens, the same for all channels (arXiv:2111.11418, Table 5).
+
+    The weights belong to the places of the largest grid; a smaller one uses the upper left part.
+    """
+
+    def __init__(self, cfg, max_grid=None):
+        super().__init__()
+        rows, cols = self.max_grid = max_grid or (cfg.grid_rows, cfg.grid_cols)
+        weight = torch.randn(rows, cols, rows, cols) * (rows * cols) ** -0.5
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x, pos, valid, grid):
+        check_grid(grid, self.max_grid, "fc")
+        N, (H, W) = x.shape[1], grid
+        weight = self.weight[:H, :W, :H, :W].reshape(N, N)          # (to, from)
+        return weight @ (x if valid is None else x * valid[..., None])
 
 
 class MlpMixer(nn.Module):
@@ -406,7 +548,340 @@ def check_grid(grid, max_grid, mixer):
 
 
 MIXERS = {"attention": AttentionMixer, "pool": PoolMixer, "identity": IdentityMixer,
-          "mlp": MlpMixer, "random": RandomMixer, "conv": ConvMixer}
+          "mlp": MlpMixer, "fc": FcMixer, "random": RandomMixer, "conv": ConvMixer,
+          "sepconv": SepConvMixer}
+
+
+# -- MetaFormer ----------------------------------------------------------------------------------
+#
+# Blocks of a token mixer and a channel MLP on tokens x (B, N, C), a valid (B, N) or None, and a
+# grid (H, W), as for the mixers. Padding reaches no valid token here either: see Downsample.
+
+class GroupNorm(nn.Module):
+    """Normalises over tokens and channels together, with weight and bias (C,) per channel.
+
+    nn.GroupNorm(1, C) of a map; nn.LayerNorm(C) differs, it normalises each token by itself. The
+    statistics are those of the valid tokens.
+    """
+
+    def __init__(self, C, eps, bias=True):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(C))
+        self.bias = nn.Parameter(torch.zeros(C)) if bias else None
+
+    def forward(self, x, valid):
+        if valid is None:
+            x = F.layer_norm(x, x.shape[1:], eps=self.eps)
+        else:
+            v = valid[..., None].float() / valid.sum(1).clamp(min=1)[:, None, None] / x.shape[2]
+            x = x.float() - (x * v).sum((1, 2), keepdim=True)
+            x = x * ((x.square() * v).sum((1, 2), keepdim=True) + self.eps).rsqrt()
+        return x * self.weight if self.bias is None else x * self.weight + self.bias
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalises each token over its channels."""
+
+    def __init__(self, C, eps, bias=True):
+        super().__init__(C, eps, bias=bias)
+
+    def forward(self, x, valid):
+        return super().forward(x)
+
+
+class TokenBatchNorm(BatchNorm2d):
+    """Normalises each channel over all images; in training over their padding, too."""
+
+    def __init__(self, C, eps, bias=True):
+        super().__init__(C, eps)
+
+    def forward(self, x, valid):
+        return super().forward(x.transpose(1, 2)[..., None]).squeeze(3).transpose(1, 2)
+
+
+class NoNorm(nn.Identity):
+    def forward(self, x, valid):
+        return x
+
+
+TOKEN_NORMS = {"group": GroupNorm, "layer": LayerNorm, "batch": TokenBatchNorm, "none": NoNorm}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "starrelu": StarReLU}
+
+
+def token_norm(cfg, C):
+    """The norm of a MetaFormer's blocks for C channels."""
+    eps = 1e-5 if cfg.family == "poolformer" else 1e-6
+    return TOKEN_NORMS[cfg.norm](C, eps, bias=cfg.family != "baselines")
+
+
+class Downsample(nn.Module):
+    """Strided k x k convolution: tokens of one grid to tokens of a coarser one.
+
+    Padding is zero before it, as if the image ended there, and afterwards a token is valid where
+    the image alone would have one. So an image in the upper left of a larger canvas gives the very
+    tokens it gives alone. The baselines have norms: after the first one, before the others.
+    """
+
+    def __init__(self, cin, cout, k, stride, padding, norms):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, k, stride, padding)
+        self.pre_norm = self.post_norm = None
+        if norms and cin == 3:
+            self.post_norm = nn.LayerNorm(cout, 1e-6, bias=False)
+        elif norms:
+            self.pre_norm = nn.LayerNorm(cin, 1e-6, bias=False)
+        self.first = k - 1 - 2 * padding    # output row i is there if input row first + i*stride is
+
+    def forward(self, x, valid, grid):
+        if self.pre_norm:
+            x = self.pre_norm(x)
+        x = self.conv(to_grid(x, valid, grid)[0])                   # (B, C, H, W)
+        if valid is not None:
+            step = slice(self.first, None, self.conv.stride[0])
+            valid = valid.view(-1, *grid)[:, step, step].flatten(1)
+        y = x.flatten(2).transpose(1, 2)                            # (B, N, C)
+        return self.post_norm(y) if self.post_norm else y, valid, x.shape[2:]
+
+
+class ChannelMLP(nn.Module):
+    """C -> 4C -> C for each token by itself."""
+
+    def __init__(self, C, activation, bias):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(C, 4 * C, bias=bias), nn.Linear(4 * C, C, bias=bias)
+        self.act = ACTIVATIONS[activation]()
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class MetaFormerBlock(nn.Module):
+    """Norm and token mixer, norm and channel MLP, each in a residual (arXiv:2111.11418, Eq. 2, 3).
+
+    stage 0 to 3; max_grid: the largest grid that this stage will get; drop_path: the chance in
+    training that an image skips a branch (arXiv:1603.09382).
+    """
+
+    def __init__(self, cfg, stage, max_grid, drop_path):
+        super().__init__()
+        _, C, mixer = cfg.stages[stage]
+        self.residual, self.drop_path, bias = cfg.residual, drop_path, cfg.family != "baselines"
+        self.norm1 = token_norm(cfg, C)
+        self.token_mixer = MIXERS[mixer](SimpleNamespace(
+            hidden_dim=C, nheads=C // cfg.head_size, dropout=0.0, pool_size=cfg.pool_size,
+            token_dim=cfg.token_dim, qkv_bias=cfg.family == "isotropic", out_bias=bias), max_grid)
+        self.norm2 = token_norm(cfg, C) if cfg.channel_mlp else None
+        self.mlp = ChannelMLP(C, cfg.activation, bias) if cfg.channel_mlp else None
+        for k in (1, 2) if cfg.channel_mlp else (1,):
+            if cfg.layer_scale:
+                setattr(self, f"layer_scale_{k}", nn.Parameter(torch.full((C,), cfg.layer_scale)))
+            if cfg.family == "baselines" and stage >= 2:
+                setattr(self, f"res_scale_{k}", nn.Parameter(torch.ones(C)))
+
+    def forward(self, x, valid, grid):
+        x = self.add(x, self.token_mixer(self.norm1(x, valid), None, valid, grid), 1)
+        if self.mlp:
+            x = self.add(x, self.mlp(self.norm2(x, valid)), 2)
+        return x
+
+    def add(self, x, y, k):
+        """Skip x and branch y of residual k, both (B, N, C), scaled where there is a scale."""
+        layer_scale, res_scale = (getattr(self, f"{s}_scale_{k}", None) for s in ("layer", "res"))
+        if layer_scale is not None:
+            y = y * layer_scale
+        if self.training and self.drop_path:
+            keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+            y = y * (keep / (1 - self.drop_path)).to(y.dtype)
+        if res_scale is not None:
+            x = x * res_scale
+        return x + y if self.residual else y
+
+
+class MlpHead(nn.Module):
+    """Classifier of ConvFormer and CAFormer."""
+
+    def __init__(self, C, cfg):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, cfg.num_classes)
+        self.norm, self.dropout = nn.LayerNorm(4 * C), nn.Dropout(cfg.head_dropout)
+
+    def forward(self, x):
+        # StarReLU's scale and bias would be undone by the norm
+        return self.fc2(self.dropout(self.norm(F.relu(self.fc1(x)).square())))
+
+
+class MetaFormer(nn.Module):
+    """Classifier, or with cfg.maps the backbone for detection and segmentation.
+
+    Sources: arXiv:2111.11418, Fig. 2 and Table 1; for the other families see MetaFormerConfig.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.normalise = cfg, Normalise()
+        self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
+        self.pos_embed, self.cls_token, self.limits = None, None, {}
+        n, cin, side = sum(depth for depth, _, _ in cfg.stages), 3, cfg.image_size
+        rates = iter([cfg.drop_path * i / max(1, n - 1) for i in range(n)])
+        for k, (depth, C, mixer) in enumerate(cfg.stages):
+            kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
+            if cfg.family == "isotropic":
+                kernel, stride, padding = 16, 16, 0
+            self.downsample_layers.append(
+                Downsample(cin, C, kernel, stride, padding, cfg.family == "baselines"))
+            cin, side = C, (side + 2 * padding - kernel) // stride + 1
+            self.stages.append(nn.ModuleList(
+                MetaFormerBlock(cfg, k, (side, side), next(rates)) for _ in range(depth)))
+            if hasattr(self.stages[k][0].token_mixer, "max_grid"):
+                self.limits[k] = side
+            if cfg.positions and mixer == "attention" and self.pos_embed is None:
+                self.positions_at, self.limits[k] = k, side
+                cls = 1 if cfg.family == "isotropic" else 0         # the first position is its
+                self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if cls else None
+                self.pos_embed = nn.Parameter(torch.zeros(1, cls + side * side, C))
+        self.num_channels = C
+        for k in map(int, cfg.maps.split(",") if cfg.maps else ()):  # official: norm0, norm2, ...
+            self.add_module(f"norm{2 * k - 2}", token_norm(cfg, cfg.stages[k - 1][1]))
+        if not cfg.maps:
+            self.norm = LayerNorm(C, 1e-6) if cfg.family == "baselines" else token_norm(cfg, C)
+            self.head = MlpHead(C, cfg) if cfg.mlp_head else nn.Linear(C, cfg.num_classes)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal with deviation 0.02, biases 0; PyTorch's default in the strided convolutions of
+        all but the baselines, and PoolFormer's positions start from 0: as in the official codes."""
+        default = {"poolformer": ("downsample_layers.", "pos_embed"), "baselines": (),
+                   "isotropic": ("downsample_layers.",)}[self.cfg.family]
+        for name, p in self.named_parameters():
+            if p.requires_grad and not name.startswith(default):
+                if name.endswith(("bias", ".b1", ".b2")):
+                    nn.init.zeros_(p)
+                elif p.dim() > 1:
+                    nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, images, valid=None):
+        """Class logits (B, K), float32.
+
+        images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
+        = no padding. Raises ValueError for images larger than a fixed grid allows.
+        """
+        if self.cfg.maps:
+            raise ValueError(f"built with maps={self.cfg.maps}, without a classifier: use features")
+        x, valid, _ = self.run(self.normalise(images, valid), valid)[-1]
+        if self.cfg.family != "baselines":
+            x = self.norm(x, valid)
+        if self.cls_token is not None:
+            x = x[:, 0]                                             # (B, C)
+        elif valid is None:
+            x = x.mean(1)
+        else:
+            x = (x * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+        if self.cfg.family == "baselines":
+            x = self.norm(x, None)
+        return self.head(x).float()
+
+    def features(self, images, valid=None):
+        """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
+
+        Arguments as in forward. With cfg.maps those of these stages alone, each behind a norm of
+        its own; the next stage gets the map without that norm. In eval mode no padding leaks: an
+        image in the upper left of its canvas has the features it has alone, at the places it has
+        alone, for neither convolutions, nor group norms, nor mixers see the padding. (In training
+        batch norm does.) What lies in the padded places themselves means nothing.
+        """
+        return [m for m, _ in self.stage_maps(self.normalise(images, valid), valid)]
+
+    def stage_maps(self, x, valid):
+        """Normalised images and valid (B, IH, IW) or None to those of each map."""
+        maps = []
+        for k, (y, v, (H, W)) in enumerate(self.run(x, valid)):
+            if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(","):
+                y = getattr(self, f"norm{2 * k}")(y, v) if self.cfg.maps else y
+                y = y[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
+                maps.append((y, None if v is None else v[:, -H * W:].reshape(-1, H, W)))
+        return maps
+
+    def run(self, x, valid):
+        """Normalised images to the tokens (B, N, C), valid (B, N) and grid after every stage."""
+        (IH, IW), outputs = x.shape[2:], []
+        grid, x = (IH, IW), x.flatten(2).transpose(1, 2)            # every pixel a token
+        valid = None if valid is None else valid.flatten(1)
+        for k, blocks in enumerate(self.stages):
+            x, valid, grid = self.downsample_layers[k](x, valid, grid)
+            (H, W), limit = grid, self.limits.get(k, max(grid))
+            if max(H, W) > limit:
+                raise ValueError(
+                    f"{IH} x {IW} pixels give stage {k + 1} {H} x {W} = {H * W} tokens, its "
+                    f"{self.cfg.stages[k][2]} mixer or positions end at {limit} x {limit} = "
+                    f"{limit**2}: build the model with image_size={max(IH, IW)}, or use images "
+                    f"of at most {self.cfg.image_size}")
+            if self.pos_embed is not None and k == self.positions_at:
+                x, valid = self.add_positions(x, valid, H, W, limit)
+            for block in blocks:
+                x = block(x, valid, grid)
+            outputs.append((x, valid, grid))
+        return outputs
+
+    def add_positions(self, x, valid, H, W, side):
+        """Adds the upper left part of the positions, and puts the class token first."""
+        pos = self.pos_embed[:, -side * side:].unflatten(1, (side, side))
+        x = x + pos[:, :H, :W].flatten(1, 2)
+        if self.cls_token is not None:
+            cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
+            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
+            valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+        return x, valid
+
+
+# sizes of arXiv:2111.11418, Table 1; stochastic depth as in the official training commands
+SMALL, MIDDLE = "64,128,320,512", "96,192,384,768"
+SIZES = {
+    "s12": dict(depths="2,2,6,2", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
+    "s24": dict(depths="4,4,12,4", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
+    "s36": dict(depths="6,6,18,6", widths=SMALL, layer_scale=1e-6, drop_path=0.2),
+    "m36": dict(depths="6,6,18,6", widths=MIDDLE, layer_scale=1e-6, drop_path=0.3),
+    "m48": dict(depths="8,8,24,8", widths=MIDDLE, layer_scale=1e-6, drop_path=0.4)}
+# arXiv:2111.11418, Table 5; the hybrids with attention normalise tokens, as their official code
+ABLATIONS = {
+    "identity": dict(mixers="identity"), "random": dict(mixers="random"),
+    "conv": dict(mixers="conv"),
+    "pool5": dict(pool_size=5), "pool7": dict(pool_size=7), "pool9": dict(pool_size=9),
+    "layernorm": dict(norm="layer"), "batchnorm": dict(norm="batch"), "nonorm": dict(norm="none"),
+    "relu": dict(activation="relu"), "silu": dict(activation="silu"),
+    "noresidual": dict(residual=False), "nomlp": dict(channel_mlp=False),
+    "pppa": dict(mixers="pool,pool,pool,attention", norm="layer", positions=True),
+    "ppaa": dict(mixers="pool,pool,attention,attention", norm="layer", positions=True),
+    "pppf": dict(mixers="pool,pool,pool,fc"), "ppff": dict(mixers="pool,pool,fc,fc")}
+METAFORMERS = {f"poolformer_{s}": MetaFormerConfig(**size) for s, size in SIZES.items()}
+METAFORMERS |= {f"poolformer_s12_{name}": replace(METAFORMERS["poolformer_s12"], **change)
+                for name, change in ABLATIONS.items()}
+# arXiv:2210.13452, Tables 1 and 2
+BASELINES = dict(family="baselines", activation="starrelu", layer_scale=0.0)
+METAFORMERS |= {f"{name}_{s}": replace(METAFORMERS[f"poolformer_{s}"], mixers=mixers, **BASELINES)
+                for name, mixers in (("identityformer", "identity"), ("poolformerv2", "pool"),
+                                     ("randformer", "identity,identity,random,random"))
+                for s in SIZES}
+METAFORMERS["randformer_m48"] = replace(METAFORMERS["randformer_m48"], drop_path=0.3)
+# depths, widths, stochastic depth of ConvFormer and of CAFormer, dropout in CAFormer's head
+CONV = dict(norm="layer", mlp_head=True, **BASELINES)
+CONV_SIZES = {"s18": ("3,3,9,3", SMALL, 0.2, 0.15, 0.0), "s36": ("3,12,18,3", SMALL, 0.3, 0.3, 0.4),
+              "m36": ("3,12,18,3", "96,192,384,576", 0.4, 0.4, 0.4),
+              "b36": ("3,12,18,3", "128,256,512,768", 0.6, 0.6, 0.5)}
+METAFORMERS |= {f"convformer_{s}": MetaFormerConfig(depths=depths, widths=widths, mixers="sepconv",
+                                                    drop_path=rate, **CONV)
+                for s, (depths, widths, rate, _, _) in CONV_SIZES.items()}
+METAFORMERS |= {f"caformer_{s}": MetaFormerConfig(depths=depths, widths=widths, drop_path=rate,
+                                                  mixers="sepconv,sepconv,attention,attention",
+                                                  head_dropout=dropout, **CONV)
+                for s, (depths, widths, _, rate, dropout) in CONV_SIZES.items()}
+# arXiv:2012.12877, Table 1 (DeiT, which is ViT); arXiv:2105.01601, Table 1
+ISOTROPIC = dict(family="isotropic", norm="layer", layer_scale=0.0)
+METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="attention",
+                                             positions=True, head_size=64, **ISOTROPIC)
+                for s, C in (("ti", "192"), ("s", "384"), ("b", "768"))}
+METAFORMERS |= {f"mixer_{s}16": MetaFormerConfig(depths=depth, widths=C, mixers="mlp",
+                                                 token_dim=token_dim, **ISOTROPIC)
+                for s, depth, C, token_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}
 
 
 # -- transformer ---------------------------------------------------------------------------------
@@ -521,6 +996,26 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+class Backbone(nn.Module):
+    """ResNet or MetaFormer, under the official name backbone.0.body."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.backbone in RESNETS:
+            self.body = ResNet(cfg)
+        else:
+            self.body = MetaFormer(replace(METAFORMERS[cfg.backbone], maps="4"))
+
+    def forward(self, x, valid):
+        """Images (B, 3, IH, IW) and valid (B, IH, IW), or None, to those of the last map."""
+        if isinstance(self.body, MetaFormer):
+            return self.body.stage_maps(x, valid)[-1]
+        x = self.body(x)                                            # (B, num_channels, H, W)
+        if valid is not None:
+            valid = F.interpolate(valid[:, None].float(), size=x.shape[2:])[:, 0] > 0  # nearest
+        return x, valid
+
+
 class DETR(nn.Module):
     """The detector. Source: arXiv:2005.12872, Fig. 2 and Appendix A.3."""
 
@@ -534,8 +1029,7 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(cfg.num_queries, C)
         self.backbone = nn.Sequential(Backbone(cfg), position(cfg))
         self.input_proj = nn.Conv2d(self.backbone[0].body.num_channels, C, 1)
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise()
 
     def forward(self, images, valid=None):
         """Predictions of every decoder layer, the last one last.
@@ -544,18 +1038,12 @@ class DETR(nn.Module):
         = no padding. Returns logits (L, B, Q, K+1), of which the last class is "no object", and
         boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
-                             f"(B, 3, IH, IW)")
-        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        if valid is not None:
-            x = x * valid[:, None]                                  # padding is the mean colour
-        x = self.input_proj(self.backbone[0](x))                    # (B, C, H, W)
+        x, valid = self.backbone[0](self.normalise(images, valid), valid)
+        x = self.input_proj(x)                                                   # (B, C, H, W)
         grid = x.shape[2:]
         if valid is None:
             pos = self.backbone[1](images.new_ones(1, *grid, dtype=torch.bool))  # the same for all
         else:
-            valid = F.interpolate(valid[:, None].float(), size=grid)[:, 0] > 0   # nearest
             pos, valid = self.backbone[1](valid), valid.flatten(1)               # (B, N, C), (B, N)
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
         hs = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
@@ -575,19 +1063,22 @@ MODELS = {
     "detr_r50_dc5": ModelConfig(dilation=True, grid_rows=84, grid_cols=84),
     "detr_r101": ModelConfig(backbone="resnet101"),
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True, grid_rows=84, grid_cols=84),
+    **METAFORMERS,
 }
 
 
 def build_model(config, **overrides):
-    """A DETR from a ModelConfig or the name of one in MODELS, with fields overridden.
+    """A DETR from a ModelConfig, or a MetaFormer from a MetaFormerConfig, with fields overridden.
 
-    build_model("detr_r50", mixer="pool", num_classes=3). Raises ValueError for unknown names.
+    config is one of them, or the name of one in MODELS: build_model("detr_r50", mixer="pool").
+    Raises ValueError for unknown names.
     """
     if isinstance(config, str):
         if config not in MODELS:
             raise ValueError(f"model {config} is unknown, use one of: {', '.join(MODELS)}")
         config = MODELS[config]
-    return DETR(replace(config, **overrides))
+    config = replace(config, **overrides)
+    return MetaFormer(config) if isinstance(config, MetaFormerConfig) else DETR(config)
 
 
 # -- weights -------------------------------------------------------------------------------------
@@ -615,14 +1106,51 @@ def read_checkpoint(path):
                          f"({str(error).splitlines()[0] if str(error) else error!r})") from None
 
 
+def our_names(state):
+    """A MetaFormer's state dict with official names and shapes, in ours; ours stays as it is.
+
+    Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
+    positions; of the baselines; and of DeiT. Not those of Google's ViT and MLP-Mixer: they expect
+    other pixel means than ImageNet's.
+    """
+    places = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
+    stage = 0
+    for i in sorted({int(key.split(".")[1]) for key in state if key.startswith("network.")}):
+        if f"network.{i}.proj.weight" in state:
+            stage += 1
+            places[f"network.{i}.proj."] = f"downsample_layers.{stage}.conv."
+        elif f"network.{i}.pos_embed" in state:
+            places[f"network.{i}."] = ""
+        else:
+            places[f"network.{i}."] = f"stages.{stage}."
+    places |= {".attn.": ".token_mixer.", "token_mixer.qkv.": "token_mixer.in_proj_",
+               "token_mixer.proj.": "token_mixer.out_proj.", "token_mixer.fc.": "token_mixer.",
+               "random_matrix": "weight", "res_scale1.scale": "res_scale_1",
+               "res_scale2.scale": "res_scale_2"}
+    renamed = {}
+    for key, v in state.items():
+        for theirs, our in places.items():
+            key = key.replace(theirs, our)
+        if ".mlp.fc" in key and v.dim() == 4:                       # a 1 x 1 convolution
+            v = v.flatten(1)
+        elif key == "pos_embed" and v.dim() == 4:                   # (1, C, H, W)
+            v = v.flatten(2).transpose(1, 2)
+        elif key.endswith("token_mixer.weight") and v.dim() == 2:   # (N, N), N = side * side
+            side = math.isqrt(len(v))
+            v = v.view(side, side, side, side)
+        renamed[key] = v
+    return renamed
+
+
 def load_weights(model, source, strict=True):
     """Copy the tensors of a checkpoint into `model`; every one is accounted for.
 
-    source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR file
-    (both go into the whole model), or a torchvision ResNet file (into the backbone). Returns one
-    line for each tensor that was not taken from or not found in the file. Raises ValueError that
-    names all tensors that do not fit. strict=False, for fine-tuning, lets two things differ and
-    leaves them as initialised: the class head, and the mixers (self_attn).
+    source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
+    PoolFormer, MetaFormer-baselines or DeiT file (all go into the whole model), or a classifier for
+    a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one. Returns
+    one line for each tensor that was not taken from or not found in the file. Raises ValueError
+    that names all tensors that do not fit. strict=False, for fine-tuning, lets two things differ
+    and leaves them as initialised: the class head, and the mixers.
     """
     state = source if isinstance(source, dict) else read_checkpoint(source)
     name = "the state dict" if isinstance(source, dict) else str(source)
@@ -632,8 +1160,13 @@ def load_weights(model, source, strict=True):
         raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is "
                          f"expected")
     target = model
-    if "fc.weight" in state or not any(k.startswith("transformer.") for k in state):
-        target = model.backbone[0].body                             # torchvision's ResNet
+    if isinstance(model, DETR) and not any(k.startswith("transformer.") for k in state):
+        target = model.backbone[0].body                             # from a classifier
+    left_out = new = ()
+    if isinstance(target, MetaFormer):
+        state = our_names(state)
+    if target is not model or isinstance(model, MetaFormer) and model.cfg.maps:
+        left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
     own, report, faults = target.state_dict(), [], []
     for key in sorted(own.keys() | state.keys()):
         if key in own and key in state and own[key].shape == state[key].shape:
@@ -646,8 +1179,10 @@ def load_weights(model, source, strict=True):
             line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
                     f"model, newly initialised")
         by_design = (key.endswith("num_batches_tracked")
-                     or target is not model and key.startswith("fc."))
-        may_differ = not strict and (key.startswith("class_embed.") or ".self_attn." in key)
+                     or key not in own and key.startswith(left_out)
+                     or key not in state and key.startswith(new))
+        may_differ = not strict and (key.startswith(("class_embed.", "head."))
+                                     or ".self_attn." in key or ".token_mixer." in key)
         (report if by_design or may_differ else faults).append(line)
     if faults:
         raise ValueError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
@@ -659,26 +1194,39 @@ def load_weights(model, source, strict=True):
     return report
 
 
+def published_url(name):
+    """Where ImageNet weights of a ResNet or MetaFormer are published; "" if they are not."""
+    if name in RESNETS:
+        return RESNETS[name][3] and f"https://download.pytorch.org/models/{RESNETS[name][3]}"
+    family, _, ablation = name.partition("_s12_")
+    if METAFORMERS[name].family == "baselines":
+        family = name.split("_")[0]
+        return f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth"
+    file = {"identity": "metaformer_id_s12", "pppa": "metaformer_pppa_s12_224",
+            "ppaa": "metaformer_ppaa_s12_224", "pppf": "metaformer_pppf_s12_224",
+            "ppff": "metaformer_ppff_s12_224", "": name}.get(ablation)
+    return file and f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{file}.pth.tar"
+
+
 def load_backbone(model, weights):
-    """ImageNet weights for the backbone: "imagenet" fetches torchvision's file, else a path or URL.
+    """ImageNet weights for the backbone: "imagenet" fetches the published file, else a path or URL.
 
     Returns load_weights' report; raises ValueError if the file cannot be had.
     """
     if weights != "imagenet":
         return load_weights(model, weights)
-    file = RESNETS[model.cfg.backbone][3]
-    if not file:
+    url = published_url(model.cfg.backbone)
+    if not url:
         raise ValueError(f"no ImageNet weights are published for {model.cfg.backbone}: use "
                          f"--backbone_weights none")
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    file, folder = os.path.basename(url), os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         if not os.path.exists(os.path.join(folder, file)):
             print(f"backbone weights: fetching {file} to {folder}")
         state = torch.hub.load_state_dict_from_url(
-            f"https://download.pytorch.org/models/{file}", map_location="cpu", check_hash=True,
-            weights_only=True)
+            url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:                        # URLError is an OSError
-        raise ValueError(f"torchvision's {file} cannot be fetched ({error}): put it into {folder}, "
+        raise ValueError(f"the published {file} cannot be fetched ({error}): put it into {folder}, "
                          f"or give --backbone_weights FILE, or none to train from "
                          f"scratch") from None
     return load_weights(model, state)
@@ -696,16 +1244,90 @@ def multiply_adds(model, images):
     return counter.get_total_flops() // 2
 
 
+# parameters in M, multiply-adds in G at 224 x 224 and top-1 in percent, as the papers print them
+PUBLISHED = """
+poolformer_s12 11.9 1.8 77.2                poolformer_s24 21.4 3.4 80.3
+poolformer_s36 30.8 5.0 81.4                poolformer_m36 56.1 8.8 82.1
+poolformer_m48 73.4 11.6 82.5               poolformer_s12_identity 11.9 1.8 74.3
+poolformer_s12_random 11.9 3.3 75.8         poolformer_s12_conv 11.9 1.8 78.1
+poolformer_s12_pool5 11.9 1.8 77.2          poolformer_s12_pool7 11.9 1.8 77.1
+poolformer_s12_pool9 11.9 1.8 76.8          poolformer_s12_layernorm 11.9 1.8 76.5
+poolformer_s12_batchnorm 11.9 1.8 76.4      poolformer_s12_nonorm 11.9 1.8 46.1
+poolformer_s12_relu 11.9 1.8 76.4           poolformer_s12_silu 11.9 1.8 77.2
+poolformer_s12_noresidual 11.9 1.8 0.1      poolformer_s12_nomlp 2.5 0.2 5.7
+poolformer_s12_pppa 14.0 1.9 78.3           poolformer_s12_ppaa 16.5 2.5 81.0
+poolformer_s12_pppf 11.9 1.8 77.5           poolformer_s12_ppff 12.2 1.9 77.9
+identityformer_s12 11.9 1.8 74.6            identityformer_s24 21.3 3.4 78.2
+identityformer_s36 30.8 5.0 79.3            identityformer_m36 56.1 8.8 80.0
+identityformer_m48 73.3 11.5 80.4           randformer_s12 11.9 1.9 76.6
+randformer_s24 21.3 3.5 78.2                randformer_s36 30.8 5.2 79.5
+randformer_m36 56.1 9.0 81.2                randformer_m48 73.3 11.9 81.4
+poolformerv2_s12 11.9 1.8 78.0              poolformerv2_s24 21.3 3.4 80.7
+poolformerv2_s36 30.8 5.0 81.6              poolformerv2_m36 56.1 8.8 82.2
+poolformerv2_m48 73.3 11.5 82.6             convformer_s18 27 3.9 83.0
+convformer_s36 40 7.6 84.1                  convformer_m36 57 12.8 84.5
+convformer_b36 100 22.6 84.8                caformer_s18 26 4.1 83.6
+caformer_s36 39 8.0 84.5                    caformer_m36 56 13.2 85.2
+caformer_b36 99 23.2 85.5                   vit_ti 5 - 72.2
+vit_s 22 4.6 79.9                           vit_b 86 17.6 81.8
+mixer_s16 18 - -                            mixer_b16 59 12.7 76.4
+""".split()
+PUBLISHED = {name: numbers for name, *numbers in zip(*(PUBLISHED[k::4] for k in range(4)))}
+
+
+def counts(name):
+    """Parameters and multiply-adds of a classifier at 224 x 224: dicts of every way to count them.
+
+    The PoolFormer paper's sizes leave LayerScale out, its ablations do not; and it counts 5 per
+    element for a group norm, as fvcore does. The follow-up paper counts no norms. Nothing is
+    allocated: the tensors are on the meta device.
+    """
+    with torch.device("meta"):
+        model, images = build_model(name).eval(), torch.zeros(1, 3, 224, 224)
+    named = {k: p.numel() for k, p in model.named_parameters() if p.requires_grad}
+    norms = []
+    for module in model.modules():
+        if isinstance(module, GroupNorm):
+            module.register_forward_hook(lambda m, args, y: norms.append(5 * y.numel()))
+    macs = multiply_adds(model, images)
+    return ({"": sum(named.values()),
+             "no LayerScale": sum(n for k, n in named.items() if "layer_scale" not in k)},
+            {"": macs, "with norms": macs + sum(norms)})
+
+
+def agreement(printed, ways, unit):
+    """How a published figure comes about: the first of `ways` to count that gives its digits."""
+    digits = len(printed.partition(".")[2])
+    for way, count in ways.items():
+        if printed in ("-", f"{count / unit:.{digits}f}"):
+            return way
+    return "cut" if float(printed) <= ways[""] / unit < float(printed) + 0.1**digits else "DIFFERS"
+
+
+def print_classifiers():
+    print("classifiers at 224 x 224, beside the figures of their papers. A note says where a "
+          "published one\nis reproduced by another way of counting, was cut instead of rounded, "
+          "or differs.\n")
+    print(f"{'model':25s} {'trained':>11s} {'published M':>11s}  {'':13s} {'G mult-adds':>11s} "
+          f"{'published':>9s}  {'':10s} {'published top-1':>15s}")
+    for name, (params, macs, top1) in PUBLISHED.items():
+        p, m = counts(name)
+        note_p, note_m = agreement(params, p, 1e6), agreement(macs, m, 1e9)
+        print(f"{name:25s} {p['']:11,d} {params:>11s}  {note_p:13s} {m[''] / 1e9:11.3f} "
+              f"{macs:>9s}  {note_m:10s} {top1:>15s}")
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Size and speed of the models, eval mode, batch 1.")
+        description="Size of the classifiers; size and speed of the DETRs, eval mode, batch 1.")
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    print_classifiers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{'model':14s} {'mixer':10s} {'image':>9s} {'parameters':>11s} {'trained':>11s} "
+    print(f"\n{'model':14s} {'mixer':10s} {'image':>9s} {'parameters':>11s} {'trained':>11s} "
           f"{'G mult-adds':>11s} {'images/s':>9s}   ({device}, {torch.get_num_threads()} threads)")
-    rows = [(name, "attention") for name in MODELS]
+    rows = [(name, "attention") for name in MODELS if name not in METAFORMERS]
     rows += [(name, mixer) for name in ("detr_tiny", "detr_r50")
              for mixer in MIXERS if mixer != "attention"]
     for name, mixer in rows:

@@ -22,6 +22,7 @@ import sys
 import time
 import urllib.error
 import zlib
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import evaluate
+import model as model_py
 import predict
 import train
 from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_to_xyxy,
@@ -44,9 +46,10 @@ from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import LossConfig, loss_counts, set_loss
 from matcher import match
-from model import (AttentionMixer, build_model, Decoder, Encoder, LearnedPosition, load_backbone,
-                   load_weights, MIXERS, ModelConfig, multiply_adds, PIXEL_MEAN, PIXEL_STD,
-                   ResNet, SinePosition)
+from model import (AttentionMixer, build_model, counts, Decoder, Encoder, GroupNorm,
+                   LearnedPosition, load_backbone, load_weights, MetaFormerConfig, METAFORMERS,
+                   MIXERS, ModelConfig, multiply_adds, our_names, PIXEL_MEAN, PIXEL_STD, PUBLISHED,
+                   ResNet, SinePosition, token_norm)
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -688,7 +691,7 @@ def test_random_is_a_fixed_mean_renormalised_over_the_valid_tokens():
         assert_close(y[b, n], (w[:, None] * x[b]).sum(0) / w.sum())
 
 
-@pytest.mark.parametrize("name", ["mlp", "random"])
+@pytest.mark.parametrize("name", ["mlp", "fc", "random"])
 def test_a_grid_beyond_the_largest_is_an_error_that_says_what_to_raise(name):
     with pytest.raises(ValueError, match=f"{name} mixer.* 6 x 8 tok.* has 3 x 9.*--grid_rows"):
         MIXERS[name](small())(torch.zeros(1, 27, 16), None, None, (3, 9))
@@ -838,6 +841,316 @@ def test_damaged_missing_and_dangerous_files_are_errors_that_name_them(tmp_path)
             load_weights(model, tmp_path / f"{name}.pt")
     with pytest.raises(FileNotFoundError, match="none.pt"):
         load_weights(model, tmp_path / "none.pt")
+
+
+# -- model.py: MetaFormer ------------------------------------------------------------------------
+
+def official_tensors(model):
+    """Official name -> (our name, official shape) of every tensor of a MetaFormer."""
+    cfg, pairs, network = model.cfg, [], []
+    if cfg.family == "poolformer":
+        for k in range(4):
+            network += [(f"downsample_layers.{k}.conv.", ".proj.")] if k else []
+            if cfg.positions and k == model.positions_at:
+                network.append(("pos_embed", ".pos_embed"))          # shifts all that follows
+            network.append((f"stages.{k}.", "."))
+        pairs = [(ours, f"network.{i}{theirs}") for i, (ours, theirs) in enumerate(network)]
+    if cfg.family != "baselines":
+        pairs.append(("downsample_layers.0.conv.", "patch_embed.proj."))
+    if cfg.family == "isotropic":
+        pairs += [("stages.0.", "blocks."), ("token_mixer", "attn")]
+    pairs += [("in_proj_", "qkv."), ("out_proj", "proj"), ("res_scale_1", "res_scale1.scale"),
+              ("res_scale_2", "res_scale2.scale"), ("token_mixer.weight", "token_mixer." + (
+                  "random_matrix" if "random" in cfg.mixers else "fc.weight"))]
+    names = {}
+    for key, v in model.state_dict().items():
+        name, shape = key, tuple(v.shape)
+        for ours, theirs in pairs:
+            name = name.replace(ours, theirs)
+        if key.endswith("token_mixer.weight"):
+            shape = 2 * (shape[0] * shape[1],)
+        elif cfg.family == "poolformer" and ".mlp.fc" in key and v.dim() == 2:
+            shape += (1, 1)
+        elif cfg.family == "poolformer" and key == "pos_embed":
+            shape = (1, shape[2]) + 2 * (math.isqrt(shape[1]),)
+        names[name] = key, shape
+    return names
+
+
+@pytest.mark.parametrize("name, entries, sha256", [
+    ("poolformer_s12", 132, "a3594f746ed2"), ("poolformer_m48", 492, "b9883429d25c"),
+    ("poolformer_s12_pppa", 139, "b7d50a6b593a"), ("poolformer_s12_ppaa", 157, "10fe09cba4ce"),
+    ("poolformer_s12_ppff", 140, "3bc155fd4c06"), ("poolformer_s12_conv", 156, "c36d4ac3d319"),
+    ("poolformer_s12_random", 144, "f6255020c620"), ("poolformer_s12_nomlp", 48, "5af4eb8abad9"),
+    ("poolformer_s12_batchnorm", 207, "eb76e57bc413"),
+    ("poolformer_s12_nonorm", 82, "5a007252f3da"), ("identityformer_s24", 192, "dbad750f44a3"),
+    ("randformer_s12", 112, "936beeaa6917"), ("poolformerv2_m36", 280, "0b7ca3ec46bb"),
+    ("convformer_s18", 242, "81017358adfe"), ("caformer_s36", 395, "c54a9408df8b"),
+    ("vit_ti", 152, "e1821155d0eb"), ("vit_b", 152, "6e116342a243")])
+def test_metaformers_read_tensors_of_the_official_names_and_shapes(name, entries, sha256):
+    with torch.device("meta"):
+        model = build_model(name)
+        official = official_tensors(model)
+        renamed = our_names({key: torch.zeros(shape) for key, (_, shape) in official.items()})
+    lines = [f"{key} {shape}" for key, (_, shape) in sorted(official.items())]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert len(lines) == entries and digest.startswith(sha256)
+    assert {k: v.shape for k, v in renamed.items()} == {
+        k: v.shape for k, v in model.state_dict().items()}
+    assert list(renamed) == [key for key, _ in official.values()]
+
+
+def named_metaformer(name, **options):
+    """The model with the weights with which the official values were computed."""
+    model, state = build_model(name, **options).eval(), {}
+    for key, (_, shape) in official_tensors(model).items():
+        z, leaf = normal(key, *shape), key.split(".")[-1]
+        if leaf.startswith("layer_scale_"):
+            x = 0.5 + 0.1 * z
+        elif len(shape) >= 2 and math.prod(shape[1:]) > 1 and leaf != "pos_embed":
+            x = z / math.sqrt(math.prod(shape[1:]))
+        else:
+            x = 0.1 * z + (leaf in ("weight", "scale"))
+        state[key] = torch.tensor(x, dtype=torch.float32)
+    assert load_weights(model, state) == []
+    return model
+
+
+def wavy_image(tag, h, w):
+    """Waves and noise: pixels of which the official model got the normalised values."""
+    g, x = rng(f"image:{tag}:{h}x{w}:1"), np.empty((1, 3, h, w))
+    row, column = np.mgrid[0:h, 0:w].astype(np.float64)
+    for c in range(3):
+        p, f = g.uniform(0, 2 * np.pi, 3), g.uniform(0.01, 0.08, 4)
+        x[0, c] = (np.sin(f[0] * column + p[0]) + np.cos(f[1] * row + p[1])
+                   + np.sin(f[2] * column - f[3] * row + p[2])) / np.sqrt(1.5)
+    x = torch.tensor(0.8 * x + 0.6 * g.standard_normal(x.shape), dtype=torch.float32)
+    return x * torch.tensor(PIXEL_STD)[:, None, None] + torch.tensor(PIXEL_MEAN)[:, None, None]
+
+
+@pytest.mark.parametrize("name, h, w, official", [                   # of every 142nd class
+    ("poolformer_s12", 97, 131, [0.580092, 0.396613, -0.783119, 1.35131, -0.741609, 0.691227,
+                                 -0.413911, 0.825319]),
+    ("poolformer_s12_ppaa", 224, 224, [-0.50744, -0.079599, 0.586089, -0.931224, -0.304234,
+                                       0.812798, 1.316809, -0.285065]),
+    ("identityformer_s12", 224, 224, [-0.917191, -1.247397, 0.017095, 1.941384, -1.34377, 1.224354,
+                                      -0.164712, 0.18782]),
+    ("convformer_s18", 224, 224, [-1.356935, -0.833447, -0.32864, 0.155616, 0.864819, 1.303084,
+                                  -2.309259, -0.571516])])
+def test_metaformers_compute_what_the_official_ones_do(name, h, w, official):
+    model = named_metaformer(name)
+    tag = "metaformer" if model.cfg.family == "baselines" else "poolformer"
+    with torch.no_grad():
+        logits = model(wavy_image(tag, h, w))
+    assert logits.shape == (1, 1000) and logits.dtype == torch.float32
+    assert_close(logits[0, ::142], torch.tensor(official), atol=2e-5, rtol=0)
+
+
+def test_features_are_the_official_ones():
+    model = named_metaformer("poolformer_s12", maps="1,2,3,4")
+    with torch.no_grad():
+        maps = model.features(wavy_image("poolformer", 160, 192))
+        last, = build_model("poolformer_s12", maps="4").features(torch.zeros(1, 3, 160, 192))
+    for m, stride, C, first, middle, final in zip(
+            maps, (4, 8, 16, 32), (64, 128, 320, 512), (-0.147684, -0.013521, -0.014246, -0.316998),
+            (0.707151, -0.534021, 0.313577, -0.018367), (1.055742, 0.251619, 0.680572, -1.397252)):
+        H, W = 160 // stride, 192 // stride
+        assert m.shape == (1, C, H, W)
+        some = torch.stack([m[0, 0, 0, 0], m[0, C // 2, H // 2, W // 3], m[0, -1, -1, -1]])
+        assert_close(some, torch.tensor([first, middle, final]), atol=2e-5, rtol=0)
+    assert last.shape == (1, 512, 5, 6)
+
+
+@pytest.mark.parametrize("family, eps", [("poolformer", 1e-5), ("baselines", 1e-6),
+                                         ("isotropic", 1e-6)])
+def test_norms_of_the_families_differ_in_eps_and_bias(family, eps):
+    torch.manual_seed(0)
+    x, g = 0.003 * torch.randn(2, 35, 32), torch.nn.GroupNorm(1, 32, eps)   # eps shows: var is 9e-6
+    size = dict(depths="1", widths="32") if family == "isotropic" else {}
+    group, layer = (token_norm(MetaFormerConfig(family, norm=norm, **size), 32)
+                    for norm in ("group", "layer"))
+    assert (group.bias is None) == (layer.bias is None) == (family == "baselines")
+    for p in (*g.parameters(), *group.parameters(), *layer.parameters()):
+        nn.init.normal_(p)
+    g.load_state_dict({"bias": torch.zeros(32), **group.state_dict()})
+    y = g(x.transpose(1, 2)).transpose(1, 2)
+    assert_close(group(x, None), y, atol=1e-6, rtol=1e-5)
+    assert_close(group(x, torch.ones(2, 35, dtype=torch.bool)), y, atol=1e-6, rtol=1e-5)
+    centred = x - x.mean(2, keepdim=True)
+    y = centred / (centred.square().mean(2, keepdim=True) + eps).sqrt() * layer.weight
+    y = y if layer.bias is None else y + layer.bias
+    assert_close(layer(x, None), y, atol=1e-6, rtol=1e-5)
+    assert (layer(x, None) - group(x, None)).abs().max() > 0.1       # they are not the same thing
+
+
+def test_group_norm_sees_the_valid_tokens_alone():
+    torch.manual_seed(0)
+    norm, x, valid = GroupNorm(16, 1e-5), torch.randn(2, 12, 16), ragged(2, 12)
+    y = norm(x.masked_fill(~valid[..., None], 1e4), valid)
+    assert_close(y[1, :9], norm(x[1:, :9], None)[0])
+
+
+PADDED = ["poolformer_s12", "poolformer_s12_layernorm", "poolformer_s12_ppaa",
+          "poolformer_s12_ppff", "poolformer_s12_conv", "poolformerv2_s12", "randformer_s12",
+          "convformer_s18", "caformer_s18", "vit_ti", "mixer_s16"]
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
+    torch.manual_seed(0)
+    model = build_model(name, image_size=128, layer_scale=0.5 if "s12" in name else 0.0,
+                        num_classes=3).eval()
+    images, valid = torch.rand(2, 3, 128, 96) * 255, torch.zeros(2, 128, 96, dtype=torch.bool)
+    valid[0], valid[1, :71, :50] = True, True                        # of no stride a multiple
+    alone = images[1:, :, :71, :50]
+    images[1] = images[1].masked_fill(~valid[1], 1e5)
+    with torch.no_grad():
+        assert_close(model(images, valid)[1:], model(alone), atol=2e-5, rtol=1e-4)
+        assert_close(model(images[:1], valid[:1]), model(images[:1]), atol=2e-5, rtol=1e-4)
+        for m, expected in zip(model.features(images, valid), model.features(alone)):
+            H, W = expected.shape[2:]
+            assert_close(m[1:, :, :H, :W], expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name, params, macs", [
+    ("poolformer_s12", 11_915_176, 1_812_267_008), ("poolformer_m36", 56_172_520, 8_758_788_096),
+    ("poolformer_s12_random", 11_915_176, 3_304_651_776),
+    ("poolformer_s12_nomlp", 2_451_368, 232_325_120),
+    ("poolformer_s12_ppaa", 16_535_592, 2_549_151_744),
+    ("poolformer_s12_ppff", 12_150_474, 1_888_484_352),
+    ("randformer_s12", 11_891_712, 1_888_484_352), ("caformer_b36", 98_753_614, 23_160_476_160),
+    ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936)])
+def test_sizes_are_the_official_ones(name, params, macs):
+    assert [ways[""] for ways in counts(name)] == [params, macs]
+
+
+def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, capsys):
+    few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
+           "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
+           "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16"]
+    monkeypatch.setattr(model_py, "PUBLISHED", {name: PUBLISHED[name] for name in few})
+    model_py.print_classifiers()
+    rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
+    notes = {row[0]: row[3:] for row in rows}
+    assert set(PUBLISHED) == set(METAFORMERS) and list(notes) == few
+    words = {name: set(row) & {"no LayerScale", "with norms", "cut", "DIFFERS"}
+             for name, row in notes.items()}
+    assert {name: w for name, w in words.items() if w} == {
+        "poolformer_s36": {"no LayerScale"}, "poolformer_m48": {"no LayerScale", "with norms"},
+        "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"}}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(family="magic"), "--family magic"), (dict(norm="odd"), "--norm odd is unknown.*group"),
+    (dict(mixers="pool,magic"), "--mixers pool,magic.*sepconv"),
+    (dict(activation="tanh"), "--activation tanh"), (dict(pool_size=2), "--pool_size 2 must be"),
+    (dict(depths="2,2,6"), "--depths 2,2,6.*4 stage"), (dict(mixers="pool,fc"), "--mixers pool,fc"),
+    (dict(widths="64,x,320,512"), "--widths 64,x"), (dict(mixers="pool," * 4 + "fc"), "4 stage"),
+    (dict(mixers="attention", head_size=48), "--head_size 48"),
+    (dict(positions=True), "--positions"), (dict(drop_path=1.0), "--drop_path 1.0"),
+    (dict(maps="0,5"), "--maps 0,5"), (dict(num_classes=0), "--num_classes 0")])
+def test_impossible_metaformers_are_errors_that_name_the_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model("poolformer_s12", **options)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("vit_ti", "stage 1 15 x 4 = 60 tokens, its attention"), ("mixer_s16", "15 x 4 = 60"),
+    ("poolformer_s12_pppa", "240 x 64 pixels give stage 4 8 x 2 = 16 tokens"),
+    ("randformer_s12", "stage 3 .*random mixer.*14 x 14 = 196.*image_size=240.*at most 224")])
+def test_an_image_beyond_a_fixed_grid_is_an_error_that_names_both_sizes(name, message):
+    with torch.device("meta"):
+        model = build_model(name).eval()
+        assert model(torch.zeros(1, 3, 224, 64)).shape == (1, 1000)
+        with pytest.raises(ValueError, match=message):
+            model(torch.zeros(1, 3, 240, 64))
+        with pytest.raises(ValueError, match="expected"):
+            model(torch.zeros(3, 64, 64))
+
+
+def test_stochastic_depth_grows_linearly_over_all_blocks_and_keeps_the_mean():
+    model = build_model("poolformer_s24", drop_path=0.46)
+    rates = [block.drop_path for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0.02 * k for k in range(24)])
+    torch.manual_seed(0)
+    block, x, y = model.stages[3][3], torch.zeros(4000, 1, 1), torch.ones(4000, 1, 1)
+    block.layer_scale_1 = None
+    kept = block.add(x, y, 1)                                        # of images, not of tokens
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.54])
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(block.eval().add(x, y, 1), y)
+
+
+def test_classifier_checkpoints_are_plain_data_and_know_their_classes(tmp_path):
+    torch.manual_seed(0)
+    source = build_model("poolformer_s12_pppf", num_classes=5, image_size=64)
+    torch.save(dict(model=source.state_dict(), model_config=asdict(source.cfg)), tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    model = build_model(MetaFormerConfig(**state["model_config"]))
+    assert load_weights(model, tmp_path / "c.pt") == []
+    assert not differing(model.state_dict(), source.state_dict())
+    other = build_model("poolformer_s12_pppf", num_classes=7, image_size=64)
+    with pytest.raises(ValueError, match=r"2 tensor\(s\) differ.*classes\?\nhead.bias: \(5,\)"):
+        load_weights(other, tmp_path / "c.pt")
+    report = load_weights(other, tmp_path / "c.pt", strict=False)
+    assert [line.split(":")[0] for line in report] == ["head.bias", "head.weight"]
+    assert differing(other.state_dict(), source.state_dict()) == {"head.bias", "head.weight"}
+    with pytest.raises(ValueError, match="token_mixer.weight .*not in the model"):
+        load_weights(build_model("poolformer_s12", num_classes=5), tmp_path / "c.pt")
+
+
+def test_detr_takes_a_metaformer_backbone_and_its_classifier(tmp_path):
+    torch.manual_seed(0)
+    classifier = build_model("poolformer_s12", num_classes=5)
+    torch.save(dict(model=classifier.state_dict()), tmp_path / "c.pt")
+    model = build_model("detr_tiny", backbone="poolformer_s12")
+    report = load_backbone(model, str(tmp_path / "c.pt"))
+    assert [re.split(r"[ :]", line)[0] for line in report] == [
+        "head.bias", "head.weight", "norm.bias", "norm.weight", "norm6.bias", "norm6.weight"]
+    body = model.backbone[0].body
+    assert {k.split(".")[0] for k in differing(body.state_dict(), classifier.state_dict())} == {
+        "head", "norm", "norm6"}
+    images, valid, targets = tiny_batch()
+    set_loss(*model(images, valid), targets)["loss"].backward()
+    assert model.cfg.stride == 32 and all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        logits, boxes = model(images, valid)
+        alone = model(images[1:, :, :30, :33])
+    assert_close(logits[:, 1:], alone[0], atol=1e-4, rtol=1e-4)      # no padding leaks
+    assert_close(boxes[:, 1:], alone[1], atol=1e-5, rtol=1e-4)
+
+
+def test_published_backbone_weights_have_an_address_and_others_none(monkeypatch):
+    def offline(url, **kwargs):
+        raise urllib.error.URLError(f"no {url}")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    for name, address in (
+            ("poolformer_s24", "sail-sg/poolformer/releases/download/v1.0/poolformer_s24.pth.tar"),
+            ("poolformer_s12_identity", "poolformer/releases/download/v1.0/metaformer_id_s12.pth"),
+            ("caformer_s18", "sail/dl/resolve/main/caformer/caformer_s18.pth"),
+            ("poolformer_s12_relu", "no ImageNet weights are published for poolformer_s12_relu")):
+        with torch.device("meta"):
+            model = build_model("detr_tiny", backbone=name)
+        with pytest.raises(ValueError, match=address):
+            load_backbone(model, "imagenet")
+
+
+def test_fc_and_sepconv_are_their_formulas():
+    mixer, x, _, valid = mixer_case("fc")
+    y, weight = mixer(x, None, valid, (3, 5)), mixer.weight          # (6, 8, 6, 8), 3 x 5 used
+    for b, n in ((0, 0), (1, 7)):
+        terms = [weight[PLACES[n]][PLACES[m]] * x[b, m] for m in range(15) if valid[b, m]]
+        assert_close(y[b, n], sum(terms), atol=1e-5, rtol=1e-5)
+    mixer, x, _, valid = mixer_case("sepconv")
+    y, conv = mixer(x, None, valid, (3, 5)), mixer.dwconv.weight     # (2C, 1, 7, 7)
+    hidden = mixer.act1.scale * mixer.pwconv1(x).relu() ** 2 + mixer.act1.bias
+    for b, n in ((0, 0), (1, 7)):
+        (i, j), taps = PLACES[n], [m for m in range(15) if valid[b, m]]
+        terms = [conv[:, 0, 3 + PLACES[m][0] - i, 3 + PLACES[m][1] - j] * hidden[b, m]
+                 for m in taps if abs(PLACES[m][1] - j) <= 3]
+        assert_close(y[b, n], mixer.pwconv2.weight @ sum(terms), atol=1e-3, rtol=1e-4)
 
 
 # -- matcher.py and losses.py --------------------------------------------------------------------

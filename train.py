@@ -32,7 +32,7 @@ from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, collate
                   cxcywh_to_xyxy)
 from evaluate import evaluate, to_device
 from losses import LossConfig, loss_counts, set_loss
-from model import (MODELS, RESNETS, ModelConfig, build_model, load_backbone, load_weights,
+from model import (MODELS, ModelConfig, build_model, load_backbone, load_weights,
                    read_checkpoint)
 
 
@@ -170,9 +170,9 @@ def make_configs(given):
     if cfg.backbone_weights == "none" and not cfg.finetune and model_cfg.backbone_norm == "frozen":
         model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
     model_cfg = replace(model_cfg, **pick(ModelConfig))
-    stride = 4 * 2 ** (len(RESNETS[model_cfg.backbone][1]) - 1) // (2 if model_cfg.dilation else 1)
+    stride = model_cfg.stride
     side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
-    fixed_grid = (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "random")
+    fixed_grid = (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "fc", "random")
     if fixed_grid and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise ValueError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
                          f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")
