@@ -526,13 +526,9 @@ class ShapesDataset(DetectionDataset):
     def _scene(self, i):
         """Random state, objects (label, xywh, colour) back to front, and the two ground colours."""
         rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
-        ground = [tuple(rng.randrange(256) for _ in range(3))]
-        ground.append(tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in ground[0]))
-        objects = []
+        ground, objects = ground_colors(rng), []
         for _ in range(rng.randint(1, 4)):
-            color = ground[0]
-            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
-                color = tuple(rng.randrange(256) for _ in range(3))
+            color = striking_color(rng, ground)
             for _ in range(20):                                      # tries to find a free place
                 w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
                 x, y = rng.randint(0, side - w), rng.randint(0, side - h)
@@ -551,36 +547,57 @@ class ShapesDataset(DetectionDataset):
     def read(self, i):
         """Image i as an RGB PIL image."""
         rng, objects, ground = self._scene(self.files[i])
-        image = self._background(rng, ground)
-        draw = ImageDraw.Draw(image)
-        for label, (x, y, w, h), color in objects:
-            right, bottom = x + w - 1, y + h - 1                     # the last pixel inside
-            if label == 0:
-                draw.rectangle([x, y, right, bottom], color)
-            elif label == 1:
-                draw.ellipse([x, y, right, bottom], color)
-            else:
-                tip = rng.randint(x, right)
-                base, top = (bottom, y) if rng.random() < 0.5 else (y, bottom)
-                draw.polygon([(x, base), (right, base), (tip, top)], color)
+        image = draw_ground(rng, ground, self.side)
+        for label, box, color in objects:
+            draw_shape(image, rng, label, box, fill=color)
         return image
 
-    def _background(self, rng, ground):
-        kind, side = rng.choice(("plain", "shaded", "striped", "noisy")), self.side
-        a, b = np.float32(ground)
-        ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]          # (side, 1, 1)
-        if kind == "plain":
-            ramp = np.zeros_like(ramp)
-        if kind == "striped":
-            ramp = (np.arange(side) // rng.randint(2, 8) % 2)[:, None, None]
-        pixels = np.broadcast_to(a + (b - a) * ramp, (side, side, 3))
-        if kind == "noisy":
-            noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
-            pixels = pixels + noise
-        pixels = pixels.clip(0, 255).astype(np.uint8)
-        if rng.random() < 0.5:
-            pixels = pixels.transpose(1, 0, 2)
-        return Image.fromarray(np.ascontiguousarray(pixels))
+
+def ground_colors(rng):
+    """Two like colours."""
+    first = tuple(rng.randrange(256) for _ in range(3))
+    return first, tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in first)
+
+
+def striking_color(rng, ground):
+    """A colour that differs from both of the ground."""
+    color = ground[0]
+    while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
+        color = tuple(rng.randrange(256) for _ in range(3))
+    return color
+
+
+def draw_ground(rng, ground, side):
+    """A PIL image, plain, shaded, striped or noisy in the two colours of `ground`."""
+    kind = rng.choice(("plain", "shaded", "striped", "noisy"))
+    a, b = np.float32(ground)
+    ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]              # (side, 1, 1)
+    if kind == "plain":
+        ramp = np.zeros_like(ramp)
+    if kind == "striped":
+        ramp = (np.arange(side) // rng.randint(2, 8) % 2)[:, None, None]
+    pixels = np.broadcast_to(a + (b - a) * ramp, (side, side, 3))
+    if kind == "noisy":
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
+        pixels = pixels + noise
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    if rng.random() < 0.5:
+        pixels = pixels.transpose(1, 0, 2)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def draw_shape(image, rng, label, box, **paint):
+    """Draw a rectangle (0), ellipse (1) or triangle (2) that fills `box`, xywh, to the pixel."""
+    (x, y, w, h), draw = box, ImageDraw.Draw(image)
+    right, bottom = x + w - 1, y + h - 1                             # the last pixel inside
+    if label == 0:
+        draw.rectangle([x, y, right, bottom], **paint)
+    elif label == 1:
+        draw.ellipse([x, y, right, bottom], **paint)
+    else:
+        tip = rng.randint(x, right)
+        base, top = (bottom, y) if rng.random() < 0.5 else (y, bottom)
+        draw.polygon([(x, base), (right, base), (tip, top)], **paint)
 
 
 # -- batches -------------------------------------------------------------------------------------
