@@ -3,11 +3,14 @@
     dataset = CocoDataset("annotations/instances_val2017.json", "val2017")
     dataset = ShapesDataset("train")                                   # no files, no download
     image, target = dataset[0]                                         # uint8 (3, H, W), dict
+    dataset = ImageFolder("imagenet", "val")               # imagenet/val/<class>/*.jpg: classifiers
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 8), collate_fn=collate)
 
 Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) float32 cxcywh in
 [0, 1] of the unpadded image, "index" (position in the data set), "orig_size" (height, width).
-Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentation).
+Those of classifiers are "labels" (1,) and "index".
+Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentation); MetaFormer,
+arXiv:2111.11418, Sec. 4.1 (augmentation of classifiers).
 """
 
 import json
@@ -19,7 +22,8 @@ from collections import namedtuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 # Names by original category id, as the officially released DETR files number their 91 outputs;
 # eleven of these ids were never used.
@@ -233,6 +237,156 @@ def resize(image, boxes, size):
         return image, boxes
     sy, sx = size[0] / image.height, size[1] / image.width
     return image.resize(size[::-1], Image.Resampling.BILINEAR), boxes * np.float32([sx, sy, sx, sy])
+
+
+# -- augmentation of classifiers -----------------------------------------------------------------
+
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
+RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC              # drawn at random
+
+
+def center_crop(image, size, crop_fraction):
+    """The evaluation transform: a PIL image, size x size pixels.
+
+    The shorter side is resized to size / crop_fraction, rounded down, bicubic; the middle is cut
+    out. The fraction is part of a model's recipe: 0.9 for PoolFormer-S, 0.95 for M, else mostly 1.
+    """
+    h, w = resized(image.height, image.width, math.floor(size / crop_fraction))
+    if (w, h) != image.size:
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def crop_region(h, w, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of a random part of an image h x w.
+
+    scale: range of its share of the area; ratio: of its width / height, even in the logarithm.
+    Where ten tries do not fit, the largest middle part with an allowed ratio.
+    Source: Going deeper with convolutions, arXiv:1409.4842, Sec. 6.
+    """
+    for _ in range(10):
+        area = rng.uniform(*scale) * h * w
+        aspect = math.exp(rng.uniform(*map(math.log, ratio)))
+        cw, ch = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        if cw <= w and ch <= h:
+            return rng.randint(0, h - ch), rng.randint(0, w - cw), ch, cw
+    cw, ch = min(w, max(1, round(h * ratio[1]))), min(h, max(1, round(w / ratio[0])))
+    return (h - ch) // 2, (w - cw) // 2, ch, cw
+
+
+def affine(image, matrix, how):
+    """The image moved by the 2 x 3 matrix from new to old pixels; what comes in is mean grey."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=FILL)
+
+
+FILL = tuple(map(round, PIXEL_MEAN))
+# What can be done to an image at strength v in [-1, 1]; `how` is the resampling. The larger |v|,
+# the stronger, as in timm's "increasing" variant, whose ranges these are.
+RAND_AUGMENT = {
+    "autocontrast": lambda image, v, how: ImageOps.autocontrast(image),
+    "equalize": lambda image, v, how: ImageOps.equalize(image),
+    "invert": lambda image, v, how: ImageOps.invert(image),
+    "rotate": lambda image, v, how: image.rotate(30 * v, how, fillcolor=FILL),
+    "posterize": lambda image, v, how: ImageOps.posterize(image, 4 - int(4 * abs(v))),
+    "solarize": lambda image, v, how: ImageOps.solarize(image, 256 - int(256 * abs(v))),
+    "solarize_add": lambda image, v, how: image.point(
+        [p + int(110 * abs(v)) if p < 128 else p for p in range(256)] * 3),
+    "color": lambda image, v, how: ImageEnhance.Color(image).enhance(1 + 0.9 * v),
+    "contrast": lambda image, v, how: ImageEnhance.Contrast(image).enhance(1 + 0.9 * v),
+    "brightness": lambda image, v, how: ImageEnhance.Brightness(image).enhance(1 + 0.9 * v),
+    "sharpness": lambda image, v, how: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * v),
+    "shear_x": lambda image, v, how: affine(image, (1, 0.3 * v, 0, 0, 1, 0), how),
+    "shear_y": lambda image, v, how: affine(image, (1, 0, 0, 0.3 * v, 1, 0), how),
+    "translate_x": lambda image, v, how: affine(
+        image, (1, 0, 0.45 * v * image.width, 0, 1, 0), how),
+    "translate_y": lambda image, v, how: affine(
+        image, (1, 0, 0, 0, 1, 0.45 * v * image.height), how)}
+
+
+def rand_augment(image, rng):
+    """Two operations of RAND_AUGMENT on a PIL image, each left out with 1/2.
+
+    Strength and sign are drawn anew for each: normal around 0.9 with deviation 0.05, at most 1.
+    Source: RandAugment, arXiv:1909.13719, Sec. 3, as timm does it under rand-m9-mstd0.5-inc1.
+    """
+    for name in rng.choices(list(RAND_AUGMENT), k=2):
+        if rng.random() < 0.5:
+            v = min(max(rng.gauss(0.9, 0.05), 0), 1) * rng.choice((-1, 1))
+            image = RAND_AUGMENT[name](image, v, rng.choice(RESAMPLING))
+    return image
+
+
+def random_erase(pixels, rng, probability=0.25):
+    """Overwrite a random rectangle of `pixels` uint8 (H, W, 3), in place, with noise.
+
+    It takes 2 to 33 % of the area, height / width 0.3 to 3.3. The noise is timm's mode "pixel",
+    standard normal after normalisation, brought back to pixel values: 3 % of it is clipped.
+    Source: arXiv:1708.04896, Algorithm 1.
+    """
+    if rng.random() >= probability:
+        return
+    height, width, _ = pixels.shape
+    for _ in range(10):
+        area = rng.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+            noise = np.random.default_rng(rng.randrange(2**32)).standard_normal((h, w, 3))
+            noise = np.rint(noise * PIXEL_STD + PIXEL_MEAN).clip(0, 255)
+            pixels[top:top + h, left:left + w] = noise
+            return
+
+
+def augment_classes(image, size, rng):
+    """The training augmentation of the PoolFormer paper: PIL image to uint8 (size, size, 3).
+
+    Random part, flip with 1/2, RandAugment, erasing, all drawn from `rng` (random.Random).
+    """
+    top, left, h, w = crop_region(image.height, image.width, rng)
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), rng.choice(RESAMPLING))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.array(rand_augment(image, rng))
+    random_erase(pixels, rng)
+    return pixels
+
+
+def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
+    """Mixup or CutMix of neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
+
+    images uint8 (B, 3, H, W), labels (B,) int64, on any device; rng: random.Random, which draws one
+    share for the whole batch. mixup, cutmix: parameters of the beta distributions, 0 leaves that
+    one out. Returns images uint8 and targets float32 (B, K), rows with sum 1. Seeded by the step,
+    it mixes the same however a step is split over processes and parts, as long as each has an even
+    number of images; else ValueError. Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix,
+    arXiv:1905.04899, Sec. 3.1; one or the other with 1/2 as in timm.
+    """
+    targets = F.one_hot(labels, num_classes).float()
+    if not mixup and not cutmix:
+        return images, targets
+    if len(images) % 2:
+        raise ValueError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
+                         f"one part of a step: make --batch_size / (processes x --accumulate) "
+                         f"even, or give --mixup 0 --cutmix 0")
+
+    def neighbours(x):
+        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    cut = cutmix and (not mixup or rng.random() < 0.5)
+    share = rng.betavariate(*[cutmix if cut else mixup] * 2)         # of the image itself
+    if cut:
+        H, W = images.shape[-2:]
+        side = math.sqrt(1 - share) / 2
+        (top, bottom), (left, right) = (
+            (max(0, center - int(n * side)), min(n, center + int(n * side)))
+            for n, center in ((H, rng.randrange(H)), (W, rng.randrange(W))))
+        share = 1 - (bottom - top) * (right - left) / (H * W)        # the border cuts boxes down
+        other, images = neighbours(images), images.clone()
+        images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    else:
+        images = torch.lerp(neighbours(images).float(), images.float(), share).round().byte()
+    return images, torch.lerp(neighbours(targets), targets, share)
 
 
 # -- data sets -----------------------------------------------------------------------------------
@@ -598,6 +752,141 @@ def draw_shape(image, rng, label, box, **paint):
         tip = rng.randint(x, right)
         base, top = (bottom, y) if rng.random() < 0.5 else (y, bottom)
         draw.polygon([(x, base), (right, base), (tip, top)], **paint)
+
+
+class ClassificationDataset(torch.utils.data.Dataset):
+    """Images of one class each, all of image_size x image_size pixels.
+
+    A subclass fills classes (K names), labels (N,) int64, image_ids (N,), and says how image i is
+    read. augment: augment_classes, else center_crop.
+    """
+
+    def __init__(self, image_size, crop_fraction, augment, seed):
+        self.image_size, self.crop_fraction = image_size, crop_fraction
+        self.augment, self.seed, self.notes = augment, seed, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def plan(self, epoch, i):
+        """What the samplers ask for: the size, the same for all images."""
+        return Plan(False, None, None, (self.image_size, self.image_size))
+
+    def __getitem__(self, key):
+        """Image uint8 (3, S, S) and target; key is an index or (epoch, index)."""
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        image = self.read(i)
+        if self.augment:
+            rng = random.Random(f"{self.seed} {epoch} {i}")
+            pixels = augment_classes(image, self.image_size, rng)
+        else:
+            pixels = np.array(center_crop(image, self.image_size, self.crop_fraction))
+        target = {"labels": torch.tensor(self.labels[i:i + 1]), "index": i}
+        return torch.from_numpy(pixels).permute(2, 0, 1), target
+
+    def keep(self, n, repeat=1):
+        """Keep only n images, spread evenly over the data set, each of them `repeat` times."""
+        if len(self) < n:
+            raise ValueError(f"--overfit {n}: there are only {len(self)} images")
+        rows = np.tile(np.arange(n) * len(self) // n, repeat)
+        self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
+        return self
+
+
+IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
+
+
+class ImageFolder(ClassificationDataset):
+    """The images in root/split/<class>/, folders below a class included.
+
+    classes: names in the order wanted for the labels (those of the training set or of a
+    checkpoint), None: the names of the folders, sorted. Raises FileNotFoundError, and ValueError
+    for a folder without class folders, with one class only, with other classes than given, or,
+    where none are given, with an empty one. image_ids are paths below root/split, as bytes.
+    """
+
+    def __init__(self, root, split, image_size=224, crop_fraction=0.9, augment=False, seed=42,
+                 classes=None):
+        super().__init__(image_size, crop_fraction, augment, seed)
+        self.folder = os.path.join(root, split)
+        if not os.path.isdir(self.folder):
+            raise FileNotFoundError(f"{self.folder} not found: {root} should hold the images as "
+                                    f"train/<class>/*.jpg and val/<class>/*.jpg")
+        found = self._find_classes(classes)
+        self.classes = found if classes is None else list(classes)
+        files, others = zip(*map(self._find_images, self.classes))
+        empty = [name for name, paths in zip(self.classes, files) if not paths]
+        if len(empty) == len(files) or empty and classes is None:
+            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; they "
+                             f"should be named {' '.join(IMAGE_SUFFIXES)}")
+        self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
+        self.image_ids = np.array([os.fsencode(path) for paths in files for path in paths])
+        self.notes = [f"note     {what} in {self.folder}" for what in (
+            f"no images of {empty[:20]}" if empty else "",
+            f"{sum(others)} hidden or other files, not read," if sum(others) else "") if what]
+
+    def _find_classes(self, classes):
+        """Sorted names of the class folders, which are `classes` where these are given."""
+        with os.scandir(self.folder) as entries:
+            found = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+        layout = f"images of a class belong into {os.path.join(self.folder, '<class>')}/"
+        if not found:
+            raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
+                             f"ImageNet's validation images come, nothing says what they show")
+        if classes is None and len(found) < 2:
+            raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
+                             f"a classifier needs two classes or more")
+        missing = [name for name in classes or [] if name not in found]
+        extra = [name for name in found if classes is not None and name not in classes]
+        if missing or extra:
+            raise ValueError(
+                f"{self.folder} has other classes than the model or the training set: "
+                f"{len(missing)} missing {missing[:20]}, {len(extra)} unknown {extra[:20]}; "
+                f"{layout}, which may be empty")
+        return found
+
+    def _find_images(self, name):
+        """Sorted paths below the folder, and the number of other files, of one class."""
+        paths, others = [], 0
+        for place, folders, names in os.walk(os.path.join(self.folder, name)):
+            images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
+            paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]
+            others += len(names) - len(images)
+        return sorted(paths), others
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        return read_image(os.path.join(self.folder, os.fsdecode(self.image_ids[i])))
+
+
+class ShapesClassification(ClassificationDataset):
+    """Generated images of one shape, filled or in outline: six classes, nothing to download.
+
+    split: "train" or "val", which differ in every image; n: how many images; image_size: their
+    side. Sizes, colours and grounds are those of ShapesDataset. Image i is a pure function of
+    (split, i, image_size); it is drawn when it is asked for.
+    """
+
+    def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42):
+        super().__init__(image_size, 1.0, augment, seed)
+        self.split = split
+        self.classes = ["rectangle", "ellipse", "triangle", "rectangle outline", "ellipse outline",
+                        "triangle outline"]
+        self.image_ids = np.arange(n)
+        self.labels = self.image_ids % 6
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        i, side = int(self.image_ids[i]), self.image_size
+        rng = random.Random(f"one shape {self.split} {i} {side}")
+        ground = ground_colors(rng)
+        color = striking_color(rng, ground)
+        w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
+        box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
+        image = draw_ground(rng, ground, side)
+        paint = dict(fill=color) if i % 6 < 3 else dict(outline=color, width=max(1, side // 32))
+        draw_shape(image, rng, i % 3, box, **paint)
+        return image
 
 
 # -- batches -------------------------------------------------------------------------------------
