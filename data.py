@@ -282,13 +282,14 @@ def affine(image, matrix, how):
 
 FILL = tuple(map(round, PIXEL_MEAN))
 # What can be done to an image at strength v in [-1, 1]; `how` is the resampling. The larger |v|,
-# the stronger, as in timm's "increasing" variant, whose ranges these are.
+# the stronger, as in timm's "increasing" variant, whose ranges these are; only that one bit is left
+# at full strength, where timm leaves none and the image is black.
 RAND_AUGMENT = {
     "autocontrast": lambda image, v, how: ImageOps.autocontrast(image),
     "equalize": lambda image, v, how: ImageOps.equalize(image),
     "invert": lambda image, v, how: ImageOps.invert(image),
     "rotate": lambda image, v, how: image.rotate(30 * v, how, fillcolor=FILL),
-    "posterize": lambda image, v, how: ImageOps.posterize(image, 4 - int(4 * abs(v))),
+    "posterize": lambda image, v, how: ImageOps.posterize(image, max(1, 4 - int(4 * abs(v)))),
     "solarize": lambda image, v, how: ImageOps.solarize(image, 256 - int(256 * abs(v))),
     "solarize_add": lambda image, v, how: image.point(
         [p + int(110 * abs(v)) if p < 128 else p for p in range(256)] * 3),
@@ -785,10 +786,13 @@ class ClassificationDataset(torch.utils.data.Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1), target
 
     def keep(self, n, repeat=1):
-        """Keep only n images, spread evenly over the data set, each of them `repeat` times."""
+        """Keep only n images, of every class in turn, each of them `repeat` times."""
         if len(self) < n:
             raise ValueError(f"--overfit {n}: there are only {len(self)} images")
-        rows = np.tile(np.arange(n) * len(self) // n, repeat)
+        order = np.argsort(self.labels, kind="stable")               # by class
+        labels = self.labels[order]
+        turn = np.arange(len(self)) - np.searchsorted(labels, labels)            # within its class
+        rows = np.tile(order[np.argsort(turn, kind="stable")][:n], repeat)
         self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
         return self
 
