@@ -258,29 +258,38 @@ def center_crop(image, size, crop_fraction):
     return image.crop((left, top, left + size, top + size))
 
 
-def crop_region(h, w, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random part of an image h x w.
+def random_region(h, w, rng, share, ratio):
+    """(top, left, height, width) of a random part of h x w pixels, or None if ten tries do not fit.
 
-    scale: range of its share of the area; ratio: of its width / height, even in the logarithm.
-    Where ten tries do not fit, the largest middle part with an allowed ratio.
-    Source: Going deeper with convolutions, arXiv:1409.4842, Sec. 6.
+    share: range of its share of the area; ratio: of width / height, even in the logarithm.
     """
     for _ in range(10):
-        area = rng.uniform(*scale) * h * w
+        area = rng.uniform(*share) * h * w
         aspect = math.exp(rng.uniform(*map(math.log, ratio)))
-        cw, ch = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if cw <= w and ch <= h:
-            return rng.randint(0, h - ch), rng.randint(0, w - cw), ch, cw
-    cw, ch = min(w, max(1, round(h * ratio[1]))), min(h, max(1, round(w / ratio[0])))
-    return (h - ch) // 2, (w - cw) // 2, ch, cw
+        rh, rw = max(1, round(math.sqrt(area / aspect))), max(1, round(math.sqrt(area * aspect)))
+        if rh <= h and rw <= w:
+            return rng.randint(0, h - rh), rng.randint(0, w - rw), rh, rw
+    return None
+
+
+def crop_region(h, w, rng):
+    """(top, left, height, width) of the part of an image h x w to train on: 8 to 100 % of the area,
+    width / height 3/4 to 4/3; where that does not fit, the largest such part of the middle.
+    Source: Going deeper with convolutions, arXiv:1409.4842, Sec. 6.
+    """
+    ch, cw = min(h, max(1, round(w / (3 / 4)))), min(w, max(1, round(h * (4 / 3))))
+    middle = (h - ch) // 2, (w - cw) // 2, ch, cw
+    return random_region(h, w, rng, (0.08, 1), (3 / 4, 4 / 3)) or middle
+
+
+FILL = tuple(map(round, PIXEL_MEAN))               # what comes in from outside the image
 
 
 def affine(image, matrix, how):
-    """The image moved by the 2 x 3 matrix from new to old pixels; what comes in is mean grey."""
+    """The image moved by the 2 x 3 matrix that leads from new to old pixels."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=FILL)
 
 
-FILL = tuple(map(round, PIXEL_MEAN))
 # What can be done to an image at strength v in [-1, 1]; `how` is the resampling. The larger |v|,
 # the stronger, as in timm's "increasing" variant, whose ranges these are; only that one bit is left
 # at full strength, where timm leaves none and the image is black.
@@ -321,23 +330,17 @@ def rand_augment(image, rng):
 def random_erase(pixels, rng, probability=0.25):
     """Overwrite a random rectangle of `pixels` uint8 (H, W, 3), in place, with noise.
 
-    It takes 2 to 33 % of the area, height / width 0.3 to 3.3. The noise is timm's mode "pixel",
-    standard normal after normalisation, brought back to pixel values: 3 % of it is clipped.
-    Source: arXiv:1708.04896, Algorithm 1.
+    It takes 2 to 33 % of the area. The noise is timm's mode "pixel", standard normal after
+    normalisation, brought back to pixel values, where 3 % of it is clipped.
+    Source: Random Erasing, arXiv:1708.04896, Algorithm 1.
     """
     if rng.random() >= probability:
         return
-    height, width, _ = pixels.shape
-    for _ in range(10):
-        area = rng.uniform(0.02, 1 / 3) * height * width
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
-            noise = np.random.default_rng(rng.randrange(2**32)).standard_normal((h, w, 3))
-            noise = np.rint(noise * PIXEL_STD + PIXEL_MEAN).clip(0, 255)
-            pixels[top:top + h, left:left + w] = noise
-            return
+    region = random_region(*pixels.shape[:2], rng, (0.02, 1 / 3), (0.3, 1 / 0.3))
+    if region:
+        top, left, h, w = region
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(PIXEL_MEAN, PIXEL_STD, (h, w, 3))
+        pixels[top:top + h, left:left + w] = np.rint(noise).clip(0, 255)
 
 
 def augment_classes(image, size, rng):
@@ -801,7 +804,7 @@ IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 
 class ImageFolder(ClassificationDataset):
-    """The images in root/split/<class>/, folders below a class included.
+    """The images in root/split/<class>/ and in folders below it.
 
     classes: names in the order wanted for the labels (those of the training set or of a
     checkpoint), None: the names of the folders, sorted. Raises FileNotFoundError, and ValueError
@@ -816,43 +819,46 @@ class ImageFolder(ClassificationDataset):
         if not os.path.isdir(self.folder):
             raise FileNotFoundError(f"{self.folder} not found: {root} should hold the images as "
                                     f"train/<class>/*.jpg and val/<class>/*.jpg")
-        found = self._find_classes(classes)
+        found = [name for name in sorted(os.listdir(self.folder))
+                 if name[0] != "." and os.path.isdir(os.path.join(self.folder, name))]
+        self._check_classes(found, classes)
         self.classes = found if classes is None else list(classes)
         files, others = zip(*map(self._find_images, self.classes))
         empty = [name for name, paths in zip(self.classes, files) if not paths]
         if len(empty) == len(files) or empty and classes is None:
-            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; they "
-                             f"should be named {' '.join(IMAGE_SUFFIXES)}")
+            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
+                             f"names should end in {' '.join(IMAGE_SUFFIXES)}")
         self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
         self.image_ids = np.array([os.fsencode(path) for paths in files for path in paths])
-        self.notes = [f"note     {what} in {self.folder}" for what in (
-            f"no images of {empty[:20]}" if empty else "",
-            f"{sum(others)} hidden or other files, not read," if sum(others) else "") if what]
+        others = sum(others) + len(os.listdir(self.folder)) - len(found)
+        if empty:
+            self.notes.append(f"note     {self.folder} has no images of {empty[:20]}")
+        if others:
+            self.notes.append(f"note     {self.folder}: {others} hidden files or other things that "
+                              f"are no images in a class folder, not read")
 
-    def _find_classes(self, classes):
-        """Sorted names of the class folders, which are `classes` where these are given."""
-        with os.scandir(self.folder) as entries:
-            found = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
-        layout = f"images of a class belong into {os.path.join(self.folder, '<class>')}/"
+    def _check_classes(self, found, classes):
+        """Raises ValueError unless the class folders `found` are `classes`, or two where None."""
+        layout = f"the images of a class belong into {os.path.join(self.folder, '<class>')}/"
         if not found:
             raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
                              f"ImageNet's validation images come, nothing says what they show")
         if classes is None and len(found) < 2:
             raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
                              f"a classifier needs two classes or more")
-        missing = [name for name in classes or [] if name not in found]
-        extra = [name for name in found if classes is not None and name not in classes]
+        known = found if classes is None else classes
+        missing, extra = sorted(set(known) - set(found)), sorted(set(found) - set(known))
         if missing or extra:
             raise ValueError(
-                f"{self.folder} has other classes than the model or the training set: "
+                f"{self.folder} has other classes than the training set or the checkpoint: "
                 f"{len(missing)} missing {missing[:20]}, {len(extra)} unknown {extra[:20]}; "
                 f"{layout}, which may be empty")
-        return found
 
     def _find_images(self, name):
-        """Sorted paths below the folder, and the number of other files, of one class."""
+        """Sorted paths of the images of one class, and the number of other files there."""
         paths, others = [], 0
         for place, folders, names in os.walk(os.path.join(self.folder, name)):
+            folders[:] = [f for f in folders if f[0] != "."]         # the rest is not walked
             images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
             paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]
             others += len(names) - len(images)
@@ -881,15 +887,15 @@ class ShapesClassification(ClassificationDataset):
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        i, side = int(self.image_ids[i]), self.image_size
-        rng = random.Random(f"one shape {self.split} {i} {side}")
+        label, side = int(self.labels[i]), self.image_size
+        rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
         ground = ground_colors(rng)
         color = striking_color(rng, ground)
         w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
         box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
         image = draw_ground(rng, ground, side)
-        paint = dict(fill=color) if i % 6 < 3 else dict(outline=color, width=max(1, side // 32))
-        draw_shape(image, rng, i % 3, box, **paint)
+        paint = dict(fill=color) if label < 3 else dict(outline=color, width=max(1, side // 32))
+        draw_shape(image, rng, label % 3, box, **paint)
         return image
 
 

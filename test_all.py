@@ -477,7 +477,8 @@ def grey_images(root, *paths):
 
 def test_class_folders_become_labels_in_the_order_of_their_names(tmp_path):
     grey_images(tmp_path, "train/b/2.png", "train/b/1.JPEG", "train/a/deep/er/x.webp",
-                "train/a/y.jpg", "train/B/1.bmp", "train/a/.y.jpg", "train/.trash/z.png")
+                "train/a/y.jpg", "train/B/1.bmp", "train/a/.y.jpg", "train/.trash/z.png",
+                "train/loose.png", "train/a/.ipynb_checkpoints/y.jpg")
     (tmp_path / "train/a/about.txt").touch()
     dataset = ImageFolder(tmp_path, "train", image_size=4, crop_fraction=1)
     assert dataset.classes == ["B", "a", "b"] and len(dataset) == 5
@@ -486,7 +487,7 @@ def test_class_folders_become_labels_in_the_order_of_their_names(tmp_path):
     samples = [dataset[i] for i in range(5)]
     assert [target["labels"].tolist() for _, target in samples] == [[0], [1], [1], [2], [2]]
     assert [image.unique().tolist() for image, _ in samples] == [[4], [2], [3], [1], [0]]
-    assert len(dataset.notes) == 1 and "2 hidden or other files" in dataset.notes[0]
+    assert len(dataset.notes) == 1 and "train: 4 hidden files" in dataset.notes[0]
     images, valid, targets = collate(samples)
     assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8 and valid.all()
     assert [target["index"] for target in targets] == [0, 1, 2, 3, 4]
@@ -622,7 +623,7 @@ def test_erasing_fills_one_rectangle_with_noise():
         h, w = erased.any(1).sum(), erased.any(0).sum()
         assert erased.sum() == h * w
         if h:
-            assert 0.27 < h / w < 3.7
+            assert 0.25 < h / w < 4
             areas.append(h * w / 8000)
             values.append(black[erased])
     assert abs(len(areas) / 1000 - 0.25) < 0.04 and abs(np.mean(areas) - 0.177) < 0.02
