@@ -686,7 +686,9 @@ class ShapesDataset(DetectionDataset):
         rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
         ground, objects = ground_colors(rng), []
         for _ in range(rng.randint(1, 4)):
-            color = striking_color(rng, ground)
+            color = ground[0]
+            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
+                color = tuple(rng.randrange(256) for _ in range(3))
             for _ in range(20):                                      # tries to find a free place
                 w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
                 x, y = rng.randint(0, side - w), rng.randint(0, side - h)
@@ -715,14 +717,6 @@ def ground_colors(rng):
     """Two like colours."""
     first = tuple(rng.randrange(256) for _ in range(3))
     return first, tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in first)
-
-
-def striking_color(rng, ground):
-    """A colour that differs from both of the ground."""
-    color = ground[0]
-    while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
-        color = tuple(rng.randrange(256) for _ in range(3))
-    return color
 
 
 def draw_ground(rng, ground, side):
@@ -873,15 +867,15 @@ class ShapesClassification(ClassificationDataset):
     """Generated images of one shape, filled or in outline: six classes, nothing to download.
 
     split: "train" or "val", which differ in every image; n: how many images; image_size: their
-    side. Sizes, colours and grounds are those of ShapesDataset. Image i is a pure function of
-    (split, i, image_size); it is drawn when it is asked for.
+    side. The shape is bright, 1/3 to 4/5 of the side, on dark ground as that of ShapesDataset.
+    Image i is a pure function of (split, i, image_size); it is drawn when it is asked for.
     """
 
     def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42):
         super().__init__(image_size, 1.0, augment, seed)
         self.split = split
-        self.classes = ["rectangle", "ellipse", "triangle", "rectangle outline", "ellipse outline",
-                        "triangle outline"]
+        shapes = "rectangle", "ellipse", "triangle"
+        self.classes = [*shapes, *(f"{shape} outline" for shape in shapes)]
         self.image_ids = np.arange(n)
         self.labels = self.image_ids % 6
 
@@ -889,9 +883,9 @@ class ShapesClassification(ClassificationDataset):
         """Image i as an RGB PIL image."""
         label, side = int(self.labels[i]), self.image_size
         rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
-        ground = ground_colors(rng)
-        color = striking_color(rng, ground)
-        w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
+        ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
+        color = tuple(rng.randint(160, 255) for _ in range(3))
+        w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
         box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
         image = draw_ground(rng, ground, side)
         paint = dict(fill=color) if label < 3 else dict(outline=color, width=max(1, side // 32))
