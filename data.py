@@ -108,8 +108,8 @@ def read_image(path, size=None, note=""):
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} not found: is the image folder the right one?") from None
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): replace the file or remove "
-                         f"it from the annotations") from None
+        raise ValueError(f"{name} cannot be read as an image ({error}): replace it or remove it "
+                         f"from the data set") from None
 
 
 def to_rgb(image, name):
@@ -294,24 +294,22 @@ def affine(image, matrix, how):
 # the stronger, as in timm's "increasing" variant, whose ranges these are; only that one bit is left
 # at full strength, where timm leaves none and the image is black.
 RAND_AUGMENT = {
-    "autocontrast": lambda image, v, how: ImageOps.autocontrast(image),
-    "equalize": lambda image, v, how: ImageOps.equalize(image),
-    "invert": lambda image, v, how: ImageOps.invert(image),
-    "rotate": lambda image, v, how: image.rotate(30 * v, how, fillcolor=FILL),
-    "posterize": lambda image, v, how: ImageOps.posterize(image, max(1, 4 - int(4 * abs(v)))),
-    "solarize": lambda image, v, how: ImageOps.solarize(image, 256 - int(256 * abs(v))),
-    "solarize_add": lambda image, v, how: image.point(
+    "autocontrast": lambda im, v, how: ImageOps.autocontrast(im),
+    "equalize": lambda im, v, how: ImageOps.equalize(im),
+    "invert": lambda im, v, how: ImageOps.invert(im),
+    "rotate": lambda im, v, how: im.rotate(30 * v, how, fillcolor=FILL),
+    "posterize": lambda im, v, how: ImageOps.posterize(im, max(1, 4 - int(4 * abs(v)))),
+    "solarize": lambda im, v, how: ImageOps.solarize(im, 256 - int(256 * abs(v))),
+    "solarize_add": lambda im, v, how: im.point(
         [p + int(110 * abs(v)) if p < 128 else p for p in range(256)] * 3),
-    "color": lambda image, v, how: ImageEnhance.Color(image).enhance(1 + 0.9 * v),
-    "contrast": lambda image, v, how: ImageEnhance.Contrast(image).enhance(1 + 0.9 * v),
-    "brightness": lambda image, v, how: ImageEnhance.Brightness(image).enhance(1 + 0.9 * v),
-    "sharpness": lambda image, v, how: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * v),
-    "shear_x": lambda image, v, how: affine(image, (1, 0.3 * v, 0, 0, 1, 0), how),
-    "shear_y": lambda image, v, how: affine(image, (1, 0, 0, 0.3 * v, 1, 0), how),
-    "translate_x": lambda image, v, how: affine(
-        image, (1, 0, 0.45 * v * image.width, 0, 1, 0), how),
-    "translate_y": lambda image, v, how: affine(
-        image, (1, 0, 0, 0, 1, 0.45 * v * image.height), how)}
+    "color": lambda im, v, how: ImageEnhance.Color(im).enhance(1 + 0.9 * v),
+    "contrast": lambda im, v, how: ImageEnhance.Contrast(im).enhance(1 + 0.9 * v),
+    "brightness": lambda im, v, how: ImageEnhance.Brightness(im).enhance(1 + 0.9 * v),
+    "sharpness": lambda im, v, how: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * v),
+    "shear_x": lambda im, v, how: affine(im, (1, 0.3 * v, 0, 0, 1, 0), how),
+    "shear_y": lambda im, v, how: affine(im, (1, 0, 0, 0.3 * v, 1, 0), how),
+    "translate_x": lambda im, v, how: affine(im, (1, 0, 0.45 * v * im.width, 0, 1, 0), how),
+    "translate_y": lambda im, v, how: affine(im, (1, 0, 0, 0, 1, 0.45 * v * im.height), how)}
 
 
 def rand_augment(image, rng):
@@ -347,6 +345,7 @@ def augment_classes(image, size, rng):
     """The training augmentation of the PoolFormer paper: PIL image to uint8 (size, size, 3).
 
     Random part, flip with 1/2, RandAugment, erasing, all drawn from `rng` (random.Random).
+    Source: the training script of PoolFormer, arXiv:2111.11418, Sec. 4.1.
     """
     top, left, h, w = crop_region(image.height, image.width, rng)
     image = image.crop((left, top, left + w, top + h)).resize((size, size), rng.choice(RESAMPLING))
@@ -361,11 +360,12 @@ def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
     """Mixup or CutMix of neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
 
     images uint8 (B, 3, H, W), labels (B,) int64, on any device; rng: random.Random, which draws one
-    share for the whole batch. mixup, cutmix: parameters of the beta distributions, 0 leaves that
-    one out. Returns images uint8 and targets float32 (B, K), rows with sum 1. Seeded by the step,
-    it mixes the same however a step is split over processes and parts, as long as each has an even
-    number of images; else ValueError. Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix,
-    arXiv:1905.04899, Sec. 3.1; one or the other with 1/2 as in timm.
+    share for the whole batch; mixup, cutmix: parameters of the beta distributions, 0 leaves that
+    one out. Returns images uint8 and targets float32 (B, K), rows with sum 1. With an rng seeded by
+    the step alone, a step is mixed the same however it is split over processes and parts. Raises
+    ValueError for an odd number of images.
+    Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix, arXiv:1905.04899, Sec. 3.1; one or the other
+    with 1/2, as in timm.
     """
     targets = F.one_hot(labels, num_classes).float()
     if not mixup and not cutmix:
@@ -378,7 +378,8 @@ def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
     def neighbours(x):
         return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     cut = cutmix and (not mixup or rng.random() < 0.5)
-    share = rng.betavariate(*[cutmix if cut else mixup] * 2)         # of the image itself
+    alpha = cutmix if cut else mixup
+    share = rng.betavariate(alpha, alpha)                            # of the image itself
     if cut:
         H, W = images.shape[-2:]
         side = math.sqrt(1 - share) / 2
