@@ -1,9 +1,12 @@
 """The set loss of DETR: classification, L1 and generalised IoU over the matched pairs.
+And the loss of classifiers.
 
     losses = set_loss(logits, boxes, targets)    # all decoder layers at once
+    losses = classification_loss(logits, labels)
     losses["loss"].backward()
 
-Paper: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2, and Appendix A.2.
+Papers: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2, and Appendix A.2; label smoothing,
+arXiv:1512.00567, Sec. 7.
 """
 
 from dataclasses import dataclass
@@ -121,3 +124,19 @@ def errors(logits, index, labels, targets):
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
     return {"class_error": class_error,
             **official_names("cardinality_error", (found - objects).abs().mean(1))}
+
+
+def classification_loss(logits, targets, smoothing=0.0, counts=None):
+    """The loss of a batch of a classifier: "loss", and "class_error" in percent, 0-dim tensors.
+
+    logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as mix() gives
+    them. smoothing: the share of every target that is spread evenly over all K classes. counts:
+    loss_counts of the whole step per rank, None: of this batch. class_error is the share of images
+    whose best class is not the target's largest. Computed in float32.
+    Source: label smoothing, arXiv:1512.00567, Sec. 7.
+    """
+    images = len(logits) if counts is None else counts[2].item()
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+    labels = targets if targets.dim() == 1 else targets.argmax(1)
+    wrong = (logits.argmax(1) != labels).float()
+    return {"loss": loss / images, "class_error": 100 * wrong.mean()}

@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -40,11 +41,12 @@ import evaluate
 import model as model_py
 import predict
 import train
-from data import (apply_plan, box_iou, check_coco, CocoDataset, collate, cxcywh_to_xyxy,
-                  EvalSampler, generalized_box_iou, overlap, Plan, plan_training, read_image,
-                  resized, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
+from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
+                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, overlap, Plan,
+                  plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized,
+                  ShapesClassification, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
-from losses import LossConfig, loss_counts, set_loss
+from losses import classification_loss, LossConfig, loss_counts, set_loss
 from matcher import match
 from model import (AttentionMixer, build_model, counts, Decoder, Encoder, GroupNorm,
                    LearnedPosition, load_backbone, load_weights, MetaFormerConfig, METAFORMERS,
@@ -465,6 +467,255 @@ def test_evaluation_sees_each_image_once_in_the_same_batches_at_any_world_size(w
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(batches) == sorted(alone) and len(batches) == sum(map(len, ranks))
     assert sorted(sum(batches, [])) == list(range(50))
+
+
+# -- data.py: image folders ----------------------------------------------------------------------
+
+def grey_images(root, *paths):
+    """PNG files of 6 x 4 pixels (width x height), the k-th of brightness k."""
+    for k, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (k, k, k)).save(root / path, "PNG")
+
+
+def test_class_folders_become_labels_in_the_order_of_their_names(tmp_path):
+    grey_images(tmp_path, "train/b/2.png", "train/b/1.JPEG", "train/a/deep/er/x.webp",
+                "train/a/y.jpg", "train/B/1.bmp", "train/a/.y.jpg", "train/.trash/z.png",
+                "train/loose.png", "train/a/.ipynb_checkpoints/y.jpg")
+    (tmp_path / "train/a/about.txt").touch()
+    dataset = ImageFolder(tmp_path, "train", image_size=4, crop_fraction=1)
+    assert dataset.classes == ["B", "a", "b"] and len(dataset) == 5
+    assert dataset.image_ids.tolist() == [b"B/1.bmp", b"a/deep/er/x.webp", b"a/y.jpg",
+                                          b"b/1.JPEG", b"b/2.png"]
+    samples = [dataset[i] for i in range(5)]
+    assert [target["labels"].tolist() for _, target in samples] == [[0], [1], [1], [2], [2]]
+    assert [image.unique().tolist() for image, _ in samples] == [[4], [2], [3], [1], [0]]
+    assert len(dataset.notes) == 1 and "train: 4 hidden files" in dataset.notes[0]
+    images, valid, targets = collate(samples)
+    assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8 and valid.all()
+    assert [target["index"] for target in targets] == [0, 1, 2, 3, 4]
+
+
+def test_given_classes_set_the_labels_of_a_folder_and_may_be_empty_there(tmp_path):
+    grey_images(tmp_path, "val/a/1.png", "val/c/1.png")
+    (tmp_path / "val/b").mkdir()
+    dataset = ImageFolder(tmp_path, "val", classes=["c", "b", "a"])
+    assert dataset.classes == ["c", "b", "a"] and dataset.labels.tolist() == [0, 2]
+    assert "no images of ['b']" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("paths, classes, words", [
+    (["train/1.png", "train/2.png"], None, "no class folders.*flat folder"),
+    (["train/train/1.png"], None, "one class folder only, train"),
+    (["train/a/1.png", "train/b/1.txt"], None, r"no images in the class folder\(s\) \['b'\]"),
+    (["train/a/1.txt", "train/b/1.txt"], ["a", "b"], r"no images.* \['a', 'b'\]"),
+    (["train/a/1.png", "train/c/1.png", "train/d/1.png"], ["a", "b"],
+     r"1 missing \['b'\], 2 unknown \['c', 'd'\]"),
+    (["val/a/1.png"], None, "train not found.*train/<class>")])
+def test_a_folder_that_is_no_image_folder_is_an_error(tmp_path, paths, classes, words):
+    grey_images(tmp_path, *paths)
+    with pytest.raises(FileNotFoundError if "not found" in words else ValueError, match=words):
+        ImageFolder(tmp_path, "train", classes=classes)
+
+
+def test_an_unreadable_image_of_a_folder_is_named(tmp_path):
+    grey_images(tmp_path, "train/a/1.png", "train/b/2.png")
+    (tmp_path / "train/b/2.png").write_text("404: not found")
+    with pytest.raises(ValueError, match="train/b/2.png cannot be read"):
+        ImageFolder(tmp_path, "train")[1]
+
+
+def test_evaluation_cuts_the_middle_of_the_resized_image():
+    pixels = np.uint8(rng("photo").integers(0, 256, (48, 64, 3)))
+    for size, fraction, inner, left, top in (                        # by hand
+            (224, 0.9, (330, 248), 53, 12), (224, 0.95, (313, 235), 44, 6),
+            (48, 1, (64, 48), 8, 0)):
+        for image, box in ((Image.fromarray(pixels), (left, top, left + size, top + size)),
+                           (Image.fromarray(pixels.transpose(1, 0, 2).copy()),
+                            (top, left, top + size, left + size))):
+            turned = inner if image.width == 64 else inner[::-1]
+            expected = image.resize(turned, Image.Resampling.BICUBIC).crop(box)
+            assert (np.array(center_crop(image, size, fraction)) == np.array(expected)).all()
+
+
+def test_random_parts_have_the_papers_range_of_area_and_ratio():
+    draws = [crop_region(300, 400, random.Random(i)) for i in range(2000)]
+    top, left, h, w = np.array(draws).T
+    share, ratio = h * w / (300 * 400), w / h
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 300).all()
+    assert (left + w <= 400).all() and top.max() > 150 and left.max() > 200
+    assert 0.078 < share.min() < 0.09 and 0.97 < share.max() <= 1
+    assert 0.74 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.34
+    small = share < 0.4                          # these always fit: uniform in area and log(ratio)
+    assert abs(share[small].mean() - 0.24) < 0.01 and abs(np.log(ratio[small]).mean()) < 0.02
+    assert crop_region(10, 1000, random.Random(0)) == (0, 493, 10, 13)           # 13 = 4/3 of 10
+    assert crop_region(1000, 9, random.Random(0)) == (494, 0, 12, 9)             # 12 = 4/3 of 9
+    assert crop_region(1, 1, random.Random(0)) == (0, 0, 1, 1)
+
+
+PHOTO = np.uint8(rng("augment").integers(20, 230, (32, 40, 3)))
+GREY = (124, 116, 104)                                               # ImageNet's mean
+Y, X = np.mgrid[:32, :40] + 0.5                                      # centres of the pixels
+
+
+def moved(x, y):
+    """PHOTO with pixel (y, x) taken from these places, grey where they lie outside."""
+    x, y = np.floor(x).astype(int), np.floor(y).astype(int)
+    inside = (x >= 0) & (x < 40) & (y >= 0) & (y < 32)
+    return np.where(inside[..., None], PHOTO[y.clip(0, 31), x.clip(0, 39)], GREY)
+
+
+def blended(ground, factor):
+    return np.clip(ground + factor * (PHOTO.astype(float) - ground), 0, 255)
+
+
+LUMA = (PHOTO @ np.array([0.299, 0.587, 0.114])).round()[..., None]
+LOW, HIGH = PHOTO.min((0, 1)).astype(float), PHOTO.max((0, 1)).astype(float)
+
+
+@pytest.mark.parametrize("name, v, expected", [
+    ("autocontrast", 0.9, (PHOTO - LOW) * 255 / (HIGH - LOW)),
+    ("equalize", 0.9, np.array(ImageOps.equalize(Image.fromarray(PHOTO)))),
+    ("invert", 0.9, 255 - PHOTO),
+    ("rotate", 3, np.array(Image.fromarray(PHOTO).rotate(90, fillcolor=GREY))),
+    ("rotate", -0.9, np.array(Image.fromarray(PHOTO).rotate(-27, fillcolor=GREY))),
+    ("posterize", 0.9, PHOTO & 0b10000000), ("posterize", -0.5, PHOTO & 0b11000000),
+    ("posterize", 1, PHOTO & 0b10000000),
+    ("solarize", -0.9, np.where(PHOTO < 26, PHOTO, 255 - PHOTO)),
+    ("solarize_add", 0.9, np.where(PHOTO < 128, PHOTO + 99, PHOTO)),
+    ("color", 0.9, blended(LUMA, 1.81)), ("color", -1, blended(LUMA, 0.1)),
+    ("contrast", 0.9, blended(LUMA.mean().round(), 1.81)),
+    ("contrast", -1, blended(LUMA.mean().round(), 0.1)),
+    ("brightness", 0.9, blended(0, 1.81)), ("brightness", -1, blended(0, 0.1)),
+    ("sharpness", 0.5, blended(np.array(Image.fromarray(PHOTO).filter(ImageFilter.SMOOTH)), 1.45)),
+    ("shear_x", 0.9, moved(X + 0.27 * Y, Y)), ("shear_x", -0.9, moved(X - 0.27 * Y, Y)),
+    ("shear_y", 0.9, moved(X, Y + 0.27 * X)),
+    ("translate_x", 0.5, moved(X + 9, Y)), ("translate_x", -1, moved(X - 18, Y)),
+    ("translate_y", 0.625, moved(X, Y + 9))])
+def test_each_operation_of_randaugment_does_what_its_name_says(name, v, expected):
+    image = RAND_AUGMENT[name](Image.fromarray(PHOTO), v, Image.Resampling.NEAREST)
+    assert image.size == (40, 32) and np.abs(np.array(image) - np.rint(expected)).max() <= 1
+    assert np.abs(np.array(image).astype(int) - PHOTO).max() > 20
+
+
+def test_randaugment_draws_two_operations_each_done_with_one_half(monkeypatch):
+    done = []                                                        # (image, name, strength)
+    for name in RAND_AUGMENT:
+        monkeypatch.setitem(RAND_AUGMENT, name, lambda image, v, how, name=name:
+                            done.append((image, name, v)) or image)
+    for i in range(6000):
+        rand_augment(i, random.Random(i))
+    counts = np.bincount(np.bincount([i for i, *_ in done], minlength=6000))
+    assert np.abs(counts / 6000 - [0.25, 0.5, 0.25]).max() < 0.02    # none, one, both
+    of_name = np.unique([name for _, name, _ in done], return_counts=True)[1]
+    assert len(of_name) == 15 and np.abs(of_name / 400 - 1).max() < 0.15
+    v = np.array([v for *_, v in done])
+    assert abs((v > 0).mean() - 0.5) < 0.02 and abs(v).max() == 1
+    assert abs(np.median(abs(v)) - 0.9) < 0.003                      # normal, cut off at 1
+    assert abs((abs(v) < 0.85).mean() - 0.159) < 0.015 and abs((abs(v) == 1).mean() - 0.023) < 0.01
+
+
+def test_erasing_fills_one_rectangle_with_noise():
+    values, areas = [], []
+    for seed in range(1000):
+        black, white = (np.full((80, 100, 3), v, np.uint8) for v in (0, 255))
+        random_erase(black, random.Random(seed))
+        random_erase(white, random.Random(seed))
+        erased = (black == white).all(2)
+        assert not black[~erased].any() and (white[~erased] == 255).all()
+        h, w = erased.any(1).sum(), erased.any(0).sum()
+        assert erased.sum() == h * w
+        if h:
+            assert 0.25 < h / w < 4
+            areas.append(h * w / 8000)
+            values.append(black[erased])
+    assert abs(len(areas) / 1000 - 0.25) < 0.04 and abs(np.mean(areas) - 0.177) < 0.02
+    assert 0.018 < min(areas) < 0.03 and 0.3 < max(areas) < 0.34
+    values, mean, std = np.concatenate(values), np.array(PIXEL_MEAN), np.array(PIXEL_STD)
+    assert np.abs(np.median(values, 0) - mean).max() <= 1
+    assert np.abs((values < mean - std).mean(0) - 0.159).max() < 0.01            # normal
+    assert np.abs((values == 0).mean(0) - [0.017, 0.021, 0.036]).max() < 0.003   # and clipped
+
+
+def test_shares_of_mixed_labels_are_those_of_the_pixels():
+    black_and_white = torch.tensor([0, 255, 255, 0]).byte().view(4, 1, 1, 1).expand(4, 3, 30, 50)
+    shares = {"mixup": [], "cutmix": []}
+    for seed in range(400):
+        images, targets = mix(black_and_white, torch.tensor([2, 0, 0, 1]), 3, random.Random(seed))
+        assert images.dtype == torch.uint8 and targets.shape == (4, 3)
+        white = images.double().mean((1, 2, 3)) / 255
+        assert_close(targets[:3, 0].double(), white[:3], atol=0.5 / 255, rtol=0)
+        assert_close(targets.sum(1), torch.ones(4))
+        assert targets[0, 1] == 0 and targets[3, 1] == targets[0, 2] == targets[1, 0]
+        flat = all(len(image.unique()) == 1 for image in images)
+        shares["mixup" if flat and 0 < white[0] < 1 else "cutmix"].append(targets[0, 2].item())
+    mixup, cutmix = (np.array(shares[k]) for k in ("mixup", "cutmix"))
+    assert abs(len(mixup) / 400 - 0.5) < 0.08
+    assert abs(mixup.std() - (1 / 4 / 2.6) ** 0.5) < 0.03            # that of the beta distribution
+    assert cutmix.mean() > 0.55                                      # the border cuts boxes down
+    assert {mix(black_and_white, torch.arange(4), 4, random.Random(s), cutmix=0)[0].unique().numel()
+            for s in range(20)} == {2}
+
+
+def test_a_batch_is_mixed_the_same_however_it_is_split():
+    images = torch.from_numpy(rng("mix").integers(0, 256, (8, 3, 16, 16), np.uint8))
+    labels = torch.arange(8)
+    for seed in range(6):
+        whole = mix(images, labels, 8, random.Random(seed))
+        parts = [mix(images[k:k + 2], labels[k:k + 2], 8, random.Random(seed))
+                 for k in (0, 2, 4, 6)]
+        assert_close(tuple(map(torch.cat, zip(*parts))), whole, atol=0, rtol=0)
+    unmixed, targets = mix(images[:3], labels[:3], 8, random.Random(0), mixup=0, cutmix=0)
+    assert torch.equal(unmixed, images[:3]) and torch.equal(targets, torch.eye(8)[:3])
+    with pytest.raises(ValueError, match="3 images in one part.*even"):
+        mix(images[:3], labels[:3], 8, random.Random(0))
+
+
+def test_augmented_classification_is_a_pure_function_of_seed_epoch_and_index():
+    def epoch(number, workers=0, seed=1):
+        dataset = ShapesClassification("train", 24, 32, augment=True, seed=seed)
+        sampler = TrainSampler(dataset, 8, 5)
+        sampler.set_epoch(number)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
+        batches = list(loader)
+        index = [target["index"] for *_, targets in batches for target in targets]
+        return torch.cat([images for images, *_ in batches])[np.argsort(index)], index
+    first, order = epoch(0)
+    again, same_order = epoch(0, workers=2)
+    assert torch.equal(first, again) and order == same_order and first.shape == (24, 3, 32, 32)
+    for other in (epoch(1)[0], epoch(0, seed=2)[0]):
+        assert sum(torch.equal(a, b) for a, b in zip(first, other)) == 0
+
+
+def test_single_shapes_fill_as_much_of_their_box_as_their_class_says():
+    a, b, val = (ShapesClassification(split, 480) for split in ("train", "train", "val"))
+    filled = {k: [] for k in range(6)}
+    for i in range(480):
+        image, target = a[i]
+        pixels = image.permute(1, 2, 0).numpy()
+        assert (pixels != np.array(val.read(i))).any()
+        if len(np.unique(pixels.reshape(-1, 3), axis=0)) == 2:       # on plain ground
+            shape = (pixels >= 160).all(2)                           # the bright one
+            rows, cols = (np.flatnonzero(shape.any(d)) for d in (1, 0))
+            box = (rows[-1] - rows[0] + 1) * (cols[-1] - cols[0] + 1)
+            filled[target["labels"].item()].append(shape.sum() / box)
+    share = [np.array(filled[k]) for k in range(6)]
+    assert min(map(len, share)) > 10
+    assert (share[0] == 1).all() and (abs(share[1] - math.pi / 4) < 0.07).all()
+    assert (abs(share[2] - 0.5) < 0.12).all() and all(np.median(s) < 0.5 for s in share[3:])
+    assert all(torch.equal(a[i][0], b[i][0]) for i in reversed(range(30)))
+
+
+def test_overfitting_keeps_images_of_every_class_in_turn(tmp_path):
+    grey_images(tmp_path, *(f"train/{name}/{k}.png" for name in "abc" for k in range(3)),
+                "train/b/3.png")
+    kept = ImageFolder(tmp_path, "train").keep(5, 2)
+    assert kept.image_ids.tolist() == [b"a/0.png", b"b/0.png", b"c/0.png", b"a/1.png",
+                                       b"b/1.png"] * 2
+    assert kept.labels.tolist() == [0, 1, 2, 0, 1] * 2 and len(kept) == 10
+    assert ImageFolder(tmp_path, "train").keep(10).image_ids[-1] == b"b/3.png"
+    with pytest.raises(ValueError, match="--overfit 11: there are only 10"):
+        ImageFolder(tmp_path, "train").keep(11)
 
 
 # -- model.py: the official DETR -----------------------------------------------------------------
@@ -1276,6 +1527,44 @@ def test_nan_in_the_predictions_is_an_error_that_names_layer_and_image(where):
     problem[where].data[2, 1, 4, 0] = math.nan
     with pytest.raises(ValueError, match="layer 2, image 1.*NaN"):
         set_loss(*problem)
+
+
+def test_classification_loss_is_smoothed_cross_entropy_by_hand():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]]))
+    labels = torch.tensor([0, 1, 1])
+    hard = -(math.log(0.5) + math.log(0.1) + math.log(0.6)) / 3
+    even = -(math.log(0.5) + 2 * math.log(0.25) + 2 * math.log(0.1) + math.log(0.8)
+             + 2 * math.log(0.2) + math.log(0.6)) / 9
+    for smoothing in (0, 0.1):
+        losses = classification_loss(logits, labels, smoothing)
+        expected = (1 - smoothing) * hard + smoothing * even
+        assert losses["loss"].item() == pytest.approx(expected, rel=1e-6)
+        assert losses["class_error"].item() == pytest.approx(100 / 3)            # the second
+        one_hot = classification_loss(logits, F.one_hot(labels, 3).float(), smoothing)
+        assert one_hot["loss"].item() == pytest.approx(expected, rel=1e-6)
+        assert_close(losses["loss"], F.cross_entropy(logits, labels, label_smoothing=smoothing))
+    mixed = torch.tensor([[0.6, 0.4, 0], [0, 0.3, 0.7], [0, 1, 0]])
+    by_hand = -(0.6 * math.log(0.5) + 0.4 * math.log(0.25) + 0.3 * math.log(0.1)
+                + 0.7 * math.log(0.8) + math.log(0.6)) / 3
+    losses = classification_loss(logits, mixed)
+    assert losses["loss"].item() == pytest.approx(by_hand, rel=1e-6) and not losses["class_error"]
+
+
+def test_parts_of_a_classification_step_add_up_and_are_float32_under_autocast():
+    logits, targets = (torch.from_numpy(normal(name, 6, 5)).float() for name in ("a", "b"))
+    targets = targets.softmax(1)
+    labels = [{"labels": torch.tensor([0])}] * 6
+    step = loss_counts(labels, 1)
+    whole = classification_loss(logits, targets, 0.1)["loss"]
+    parts = [classification_loss(logits[k:k + 2], targets[k:k + 2], 0.1, step)["loss"]
+             for k in (0, 2, 4)]
+    assert_close(sum(parts), whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = classification_loss(logits.bfloat16(), targets, 0.1)["loss"]
+    exact = classification_loss(logits.bfloat16().float(), targets, 0.1)["loss"]
+    for loss in (rounded, classification_loss(logits.bfloat16(), targets, 0.1)["loss"]):
+        assert loss.dtype == torch.float32
+        assert_close(loss, exact)
 
 
 # -- the evaluator -------------------------------------------------------------------------------
