@@ -54,8 +54,12 @@ def make_detections(num_detections, num_images, num_classes=80):
     return truth, [dict(r, score=float(s)) for r, s in zip(records(dt), score)]
 
 
-def write_workload(folder, gt, dt):
+def write_workload(folder, args):
     """gt.json, dt.json, and columns.npz with the arrays that evaluate_columns takes."""
+    if args.gt:
+        gt, dt = (json.load(open(path)) for path in (args.gt, args.dt))
+    else:
+        gt, dt = make_detections(args.detections, args.images)
     for name, content in (("gt", gt), ("dt", dt)):
         with open(os.path.join(folder, f"{name}.json"), "w") as file:
             json.dump(content, file)
@@ -70,6 +74,7 @@ def write_workload(folder, gt, dt):
     columns["gt crowd"] = np.array([r["iscrowd"] for r in gt["annotations"]], bool)
     columns["dt score"] = np.array([r["score"] for r in dt], np.float64)
     np.savez(os.path.join(folder, "columns.npz"), **columns)
+    return {"detections": len(dt), "images": len(gt["images"])}
 
 
 def run_evaluator(name, folder):
@@ -110,18 +115,16 @@ def bench_evaluator(args):
     names = [name for name in EVALUATORS[:None if args.peers else 2]
              if name in EVALUATORS[:2] or importlib.util.find_spec(name)]
     with tempfile.TemporaryDirectory() as folder:
-        if args.gt:
-            gt, dt = (json.load(open(path)) for path in (args.gt, args.dt))
-        else:
-            gt, dt = make_detections(args.detections, args.images)
-        write_workload(folder, gt, dt)
-        runs = {name: [] for name in names}
+
+        def run(name):                              # in a process of its own: memory is per process
+            out = subprocess.run([sys.executable, *sys.argv, "--one", name, folder],
+                                 capture_output=True, text=True, check=True).stdout
+            return json.loads(out.splitlines()[-1])
+        sizes, runs = run("workload"), {name: [] for name in names}
         for _ in range(args.repeats):
-            for name in names:                                      # each in a fresh process
-                out = subprocess.run([sys.executable, __file__, "evaluator", "--one", name, folder],
-                                     capture_output=True, text=True, check=True).stdout
-                runs[name].append(json.loads(out.splitlines()[-1]))
-    return {"detections": len(dt), "images": len(gt["images"]), "repeats": args.repeats,
+            for name in names:
+                runs[name].append(run(name))
+    return {**sizes, "repeats": args.repeats,
             **{name: {field: round(statistics.median(r[field] for r in runs[name]), 4)
                       for field in runs[name][0]} for name in names}}
 
@@ -138,7 +141,9 @@ def main():
     parser.add_argument("--peers", action="store_true", help="other evaluators that are installed")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print(json.dumps(run_evaluator(*args.one) if args.one else bench_evaluator(args)))
+    name, folder = args.one or ("", "")
+    print(json.dumps(bench_evaluator(args) if not name else write_workload(folder, args)
+                     if name == "workload" else run_evaluator(name, folder)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
+
 # Names by original category id, as the officially released DETR files number their 91 outputs;
 # eleven of these ids were never used.
 COCO_CLASSES = (
@@ -242,7 +244,6 @@ def resize(image, boxes, size):
 
 # -- augmentation of classifiers -----------------------------------------------------------------
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
 RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC              # drawn at random
 
 

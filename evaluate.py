@@ -1,8 +1,9 @@
-"""Evaluation: detections of a model, and the COCO average precision in numpy.
+"""Evaluation: detections of a model and the COCO average precision in numpy; top-1 of a classifier.
 
     python evaluate.py out/ckpt.pt                                  # its own validation set
     python evaluate.py detr-r50-e632da11.pth --data coco            # officially released weights
     python evaluate.py out/ckpt.pt --val_json a.json --val_images DIR --save_json detections.json
+    python evaluate.py poolformer_s12.pth.tar --model poolformer_s12 --data imagenet
     python evaluate.py --gt instances.json --dt detections.json     # anybody's detections, no model
 
 Papers: COCO, arXiv:1405.0312, and cocodataset.org/#detection-eval; DETR, arXiv:2005.12872.
@@ -19,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from data import (COCO_CLASSES, CocoDataset, EvalSampler, ShapesDataset, collate, cxcywh_to_xyxy,
-                  read_json)
-from model import ModelConfig, build_model, load_weights, read_checkpoint
+from data import (COCO_CLASSES, CocoDataset, EvalSampler, ImageFolder, ShapesClassification,
+                  ShapesDataset, collate, cxcywh_to_xyxy, read_json)
+from model import (METAFORMERS, MetaFormer, MetaFormerConfig, ModelConfig, build_model,
+                   load_weights, read_checkpoint)
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -76,20 +78,56 @@ def gather_rows(rows):
     return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
 
 
-def evaluate(model, loader, device, dtype=torch.float32):
-    """The COCO evaluation of a model: evaluate_columns' dict, equal at any number of processes.
+@torch.inference_mode()
+def classify(model, loader, device, dtype=torch.float32):
+    """What a classifier takes the images of this process for: float64 (n, 5) of image index, class,
+    probability, true class, and how many classes stand before the true one."""
+    model.eval()
+    rows = [torch.zeros(0, 5, dtype=torch.float64)]
+    for images, valid, targets in loader:
+        labels = torch.cat([t["labels"] for t in targets])
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            logits = model(*to_device(images, valid, device)).float().cpu()
+        order = logits.argsort(dim=1, descending=True, stable=True)                 # (B, K)
+        place = (order == labels[:, None]).int().argmax(1)
+        best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
+        index = torch.tensor([t["index"] for t in targets])
+        rows.append(torch.stack([index, order[:, 0], best.double(), labels, place], 1))
+    return torch.cat(rows)
 
-    loader: over an EvalSampler of a DetectionDataset, collated; each process has its share of the
-    batches. dtype: of the autocast. The dict also has "detections", detect()'s rows of all images
-    in the order of the images, "classes" and "category_ids".
+
+def class_accuracy(rows, dataset):
+    """Accuracies of classify()'s rows, in [0, 1].
+
+    "stats" (3,): top-1, top-5, and top-1 as the mean over the classes that have images;
+    "accuracy" (K,), nan without images; "images" (K,), how many; "rows" and "classes".
     """
-    rows = gather_rows(detect(model, loader, device, dtype))
+    label, place = rows[:, 3].long().numpy(), rows[:, 4].numpy()
+    images = np.bincount(label, minlength=len(dataset.classes))
+    hits = np.bincount(label, place == 0, len(images))
+    accuracy = np.where(images > 0, hits / np.maximum(images, 1), np.nan)
+    stats = np.array([(place == 0).mean(), (place < 5).mean(), np.nanmean(accuracy)])
+    return dict(stats=stats, accuracy=accuracy, images=images, rows=rows, classes=dataset.classes)
+
+
+def evaluate(model, loader, device, dtype=torch.float32):
+    """The evaluation of a model on all images, equal at any number of processes.
+
+    loader: over an EvalSampler of the data set, collated; each process has its share of the
+    batches. dtype: of the autocast. Of a classifier class_accuracy's dict. Of a detector
+    evaluate_columns', and with it "rows", detect()'s of all images in the order of the images,
+    "classes" and "category_ids".
+    """
+    dataset, classifier = loader.dataset, isinstance(model, MetaFormer)
+    rows = gather_rows((classify if classifier else detect)(model, loader, device, dtype))
     rows = rows[rows[:, 0].argsort(stable=True)]                     # whichever process had it
-    r, dataset = rows.numpy(), loader.dataset
+    if classifier:
+        return class_accuracy(rows, dataset)
+    r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
     result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
-    return {**result, "detections": rows, "classes": dataset.classes,
+    return {**result, "rows": rows, "classes": dataset.classes,
             "category_ids": dataset.category_ids}
 
 
@@ -758,23 +796,29 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
 
 # -- python evaluate.py --------------------------------------------------------------------------
 
-def load_detector(path, dilation=False):
+def load_model(path, name="", dilation=False):
     """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
     one that was never used), "train" (options it was trained with, {} for official files).
 
-    Official files say nothing of themselves: the layout is read off the tensors, DC5 off the name
-    of the file or `dilation`. Raises as read_checkpoint and load_weights do.
+    Official files say nothing of themselves. Of a classifier the name in MODELS must be given. Of
+    a DETR the layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
+    as read_checkpoint and load_weights do.
     """
     state = read_checkpoint(path)
     if isinstance(state, dict) and "model_config" in state:
-        model = build_model(ModelConfig(**state["model_config"]))
+        config = MetaFormerConfig if "depths" in state["model_config"] else ModelConfig
+        model = build_model(config(**state["model_config"]))
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
                 "train": state["train_config"]}
+    elif name:
+        if name not in METAFORMERS:
+            raise ValueError(f"--model {name} is no classifier: {', '.join(METAFORMERS)}")
+        model, info = build_model(name), {"classes": None, "train": {}}
     else:
         weights = state.get("model", state) if isinstance(state, dict) else {}
         if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
             raise ValueError(f"{path} holds no detector: give a checkpoint of train.py or an "
-                             f"officially released DETR file")
+                             f"officially released DETR file; with a classifier's, --model NAME")
         args = state.get("args")                                     # of training checkpoints
         dilation |= "dc5" in os.path.basename(path) or getattr(args, "dilation", False)
         model = build_model(official_config(weights, dilation, getattr(args, "nheads", 8)))
@@ -814,6 +858,24 @@ def official_config(state, dilation, nheads):
         num_classes=len(state["class_embed.bias"]) - 1)
 
 
+def find_images(args, info, cfg):
+    """The images a classifier is evaluated on: those of the command line, else the checkpoint's."""
+    train, data = info["train"], args.data or info["train"].get("data")
+    size = args.image_size or train.get("image_size", 224)
+    split = "train" if train.get("overfit") and not args.data else "val"
+    if data:
+        dataset = ImageFolder(data, split, size, cfg.crop_fraction, classes=info["classes"])
+    elif train:
+        dataset = ShapesClassification(split, train[f"{split}_shapes"], size)
+    else:
+        raise ValueError("an official file does not say what to evaluate it on: give --data DIR")
+    if len(dataset.classes) != cfg.num_classes:
+        raise ValueError(f"{data} has {len(dataset.classes)} class folders, the model "
+                         f"{cfg.num_classes} classes: all must be there, in the order of its "
+                         f"outputs when sorted by name")
+    return dataset.keep(train["overfit"]) if split == "train" else dataset
+
+
 def find_validation(args, info):
     """The data set to evaluate on: that of the command line, else that of the checkpoint."""
     train = info["train"]
@@ -850,12 +912,29 @@ def class_table(result):
     return "\n".join(lines)
 
 
+def accuracy_table(result):
+    """A classifier's accuracies, and those of the classes, the best first, as lines."""
+    top1, top5, mean = result["stats"]
+    rows = sorted(zip(-result["accuracy"], result["classes"], result["images"].tolist()),
+                  key=lambda row: (not row[2], row))
+    width = max([5] + [len(name) for _, name, _ in rows])
+    lines = [f"top-1 {top1:.4f}   top-5 {top5:.4f}   mean over classes {mean:.4f}",
+             "", f"{'class':{width}s}  top-1   images"]
+    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" if n else f"{name:{width}s}      -        0"
+              for x, name, n in rows]
+    return "\n".join(lines)
+
+
 def result_json(result):
     """A result as a dict for json.dump: the numbers by name, by class (null: none), and all curves.
 
     "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
     "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
     """
+    if "accuracy" in result:
+        return {"top1": result["stats"][0], "top5": result["stats"][1], "per_class": [
+            {"name": name, "images": n, "top1": x if n else None} for name, n, x in zip(
+                result["classes"], result["images"].tolist(), result["accuracy"].tolist())]}
     stats = {}
     for (array, iou, area, cut), value in zip(
             summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
@@ -875,7 +954,9 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="of train.py, or an officially released file")
-    parser.add_argument("--data", default="", help="COCO folder: annotations/, val2017/")
+    parser.add_argument("--data", default="",
+                        help="COCO: annotations/, val2017/; classifiers: val/<class>/*.jpg")
+    parser.add_argument("--model", default="", help="of an official classifier's file: its name")
     parser.add_argument("--val_json", default="", help="COCO instances file of any layout")
     parser.add_argument("--val_images", default="", help="its image folder")
     parser.add_argument("--save_json", default="",
@@ -901,16 +982,22 @@ def parse_args(argv):
 
 def evaluate_checkpoint(args):
     """The result of the model in args.checkpoint, its detections saved if asked for."""
-    model, info = load_detector(args.checkpoint, args.dilation)
-    dataset = find_validation(args, info)
+    model, info = load_model(args.checkpoint, args.model, args.dilation)
+    classifier = isinstance(model, MetaFormer)
+    if classifier and args.save_json:
+        raise ValueError("--save_json is for detections, the checkpoint holds a classifier")
+    dataset = find_images(args, info, model.cfg) if classifier else find_validation(args, info)
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
-    print(f"{args.checkpoint}: {model.cfg.backbone}, {model.cfg.mixer}; {len(dataset)} images, "
-          f"{sum(map(bool, dataset.classes))} classes; {args.device}, float32")
+    what = (f"classifier, mixers {model.cfg.mixers}" if classifier else
+            f"{model.cfg.backbone}, {model.cfg.mixer}")
+    print(f"{args.checkpoint}: {what}; {len(dataset)} images, "
+          f"{sum(map(bool, dataset.classes))} classes; {args.device}, float32", *dataset.notes,
+          sep="\n")
     result = evaluate(model.to(check_device(args.device)), loader, args.device)
     if args.save_json:
         with open(args.save_json, "w") as file:
-            json.dump(coco_results(result["detections"], dataset), file)
+            json.dump(coco_results(result["rows"], dataset), file)
         print(f"detections: {args.save_json}")
     return result
 
@@ -927,7 +1014,8 @@ def main(argv=None):
                            strict=args.strict)
     else:
         result = evaluate_checkpoint(args)
-    print(summary(result) + "\n\n" + class_table(result))
+    tables = (summary, class_table) if "precision" in result else (accuracy_table,)
+    print("\n\n".join(table(result) for table in tables))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result_json(result), file)

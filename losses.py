@@ -20,6 +20,20 @@ from matcher import match
 
 
 @dataclass(frozen=True)
+class ClassLossConfig:
+    """What is done to the targets of a classifier; the defaults are PoolFormer's recipe."""
+    smoothing: Annotated[float, "share of a target that is spread evenly over the classes"] = 0.1
+    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none"] = 0.8
+    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none"] = 1.0
+
+    def __post_init__(self):
+        for field in ("smoothing", "mixup", "cutmix"):
+            if not 0 <= getattr(self, field) < (1 if field == "smoothing" else float("inf")):
+                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or more, --smoothing "
+                                 f"below 1")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights of the matching cost and of the loss, the official DETR's by default."""
     set_cost_class: Annotated[float, "matching: weight of the class probability"] = 1.0

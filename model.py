@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_reduce
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
+from data import PIXEL_MEAN, PIXEL_STD
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class MetaFormerConfig:
     drop_path: Annotated[float, "stochastic depth of the last block, linear from 0"] = 0.1
     head_dropout: Annotated[float, "dropout in the MLP head"] = 0.0
     image_size: Annotated[int, "largest side in pixels for fixed-grid mixers, positions"] = 224
+    crop_fraction: Annotated[float, "side of the centre crop in evaluation, of the shorter"] = 0.9
     num_classes: Annotated[int, "classes K; data sets set it"] = 1000
     maps: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
 
@@ -141,6 +142,8 @@ class MetaFormerConfig:
                                  f", attention's a multiple of --head_size {self.head_size}")
         if self.pool_size % 2 == 0:
             raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"--crop_fraction {self.crop_fraction} must be over 0 and at most 1")
         for field in ("drop_path", "head_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be in [0, 1)")
@@ -839,8 +842,10 @@ SIZES = {
     "s12": dict(depths="2,2,6,2", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
     "s24": dict(depths="4,4,12,4", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
     "s36": dict(depths="6,6,18,6", widths=SMALL, layer_scale=1e-6, drop_path=0.2),
-    "m36": dict(depths="6,6,18,6", widths=MIDDLE, layer_scale=1e-6, drop_path=0.3),
-    "m48": dict(depths="8,8,24,8", widths=MIDDLE, layer_scale=1e-6, drop_path=0.4)}
+    "m36": dict(depths="6,6,18,6", widths=MIDDLE, layer_scale=1e-6, drop_path=0.3,
+                crop_fraction=0.95),
+    "m48": dict(depths="8,8,24,8", widths=MIDDLE, layer_scale=1e-6, drop_path=0.4,
+                crop_fraction=0.95)}
 # arXiv:2111.11418, Table 5; the hybrids with attention normalise tokens, as their official code
 ABLATIONS = {
     "identity": dict(mixers="identity"), "random": dict(mixers="random"),
@@ -849,14 +854,20 @@ ABLATIONS = {
     "layernorm": dict(norm="layer"), "batchnorm": dict(norm="batch"), "nonorm": dict(norm="none"),
     "relu": dict(activation="relu"), "silu": dict(activation="silu"),
     "noresidual": dict(residual=False), "nomlp": dict(channel_mlp=False),
-    "pppa": dict(mixers="pool,pool,pool,attention", norm="layer", positions=True),
-    "ppaa": dict(mixers="pool,pool,attention,attention", norm="layer", positions=True),
-    "pppf": dict(mixers="pool,pool,pool,fc"), "ppff": dict(mixers="pool,pool,fc,fc")}
-METAFORMERS = {f"poolformer_{s}": MetaFormerConfig(**size) for s, size in SIZES.items()}
+    "pppa": dict(mixers="pool,pool,pool,attention", norm="layer", positions=True,
+                 crop_fraction=0.95),
+    "ppaa": dict(mixers="pool,pool,attention,attention", norm="layer", positions=True,
+                 crop_fraction=0.95),
+    "pppf": dict(mixers="pool,pool,pool,fc"),
+    "ppff": dict(mixers="pool,pool,fc,fc", crop_fraction=0.95)}
+METAFORMERS = {"metaformer_tiny": MetaFormerConfig(             # for the built-in shapes
+    depths="1,1,2,1", widths="32,64,128,160", drop_path=0.0, token_dim=64, image_size=64,
+    crop_fraction=1.0)}
+METAFORMERS |= {f"poolformer_{s}": MetaFormerConfig(**size) for s, size in SIZES.items()}
 METAFORMERS |= {f"poolformer_s12_{name}": replace(METAFORMERS["poolformer_s12"], **change)
                 for name, change in ABLATIONS.items()}
 # arXiv:2210.13452, Tables 1 and 2
-BASELINES = dict(family="baselines", activation="starrelu", layer_scale=0.0)
+BASELINES = dict(family="baselines", activation="starrelu", layer_scale=0.0, crop_fraction=1.0)
 METAFORMERS |= {f"{name}_{s}": replace(METAFORMERS[f"poolformer_{s}"], mixers=mixers, **BASELINES)
                 for name, mixers in (("identityformer", "identity"), ("poolformerv2", "pool"),
                                      ("randformer", "identity,identity,random,random"))
@@ -880,7 +891,8 @@ METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="atte
                                              positions=True, head_size=64, **ISOTROPIC)
                 for s, C in (("ti", "192"), ("s", "384"), ("b", "768"))}
 METAFORMERS |= {f"mixer_{s}16": MetaFormerConfig(depths=depth, widths=C, mixers="mlp",
-                                                 token_dim=token_dim, **ISOTROPIC)
+                                                 token_dim=token_dim, crop_fraction=0.875,
+                                                 **ISOTROPIC)
                 for s, depth, C, token_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}
 
 

@@ -46,13 +46,17 @@ def main(argv=None):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for path in args.logs:
         records = read_log(path)
+        for r in records:                                # a classifier's: accuracies for AP, AP50
+            if "test_acc1" in r:
+                r["test_coco_eval_bbox"] = r["test_acc1"] / 100, r["test_acc5"] / 100
         tested = [r for r in records if "test_coco_eval_bbox" in r]
         for axis, number in zip(axes, (0, 1)):
             curve = [r["test_coco_eval_bbox"][number] for r in tested]
             axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
         axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
                      marker=".", label=label(path))
-    for axis, title in zip(axes, ("AP", "AP50", "training loss")):
+    titles = ("top-1", "top-5") if any("test_acc1" in r for r in records) else ("AP", "AP50")
+    for axis, title in zip(axes, (*titles, "training loss")):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from data import draw_boxes, plan_validation, read_image
-from evaluate import check_device, load_detector, postprocess
+from evaluate import check_device, load_model, postprocess
+from model import MetaFormer
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -66,7 +67,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     files = find_images(args.images)
-    model, info = load_detector(args.checkpoint, args.dilation)
+    model, info = load_model(args.checkpoint, dilation=args.dilation)
+    if isinstance(model, MetaFormer):
+        raise ValueError(f"{args.checkpoint} holds a classifier, which detects nothing; "
+                         f"evaluate.py gives its accuracy")
     model = model.eval().to(check_device(args.device))
     size = (args.image_size or info["train"].get("image_size", 800),
             args.max_size or info["train"].get("max_size", 1333))

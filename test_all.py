@@ -1283,7 +1283,7 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     model_py.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
     notes = {row[0]: row[3:] for row in rows}
-    assert set(PUBLISHED) == set(METAFORMERS) and list(notes) == few
+    assert set(PUBLISHED) == set(METAFORMERS) - {"metaformer_tiny"} and list(notes) == few
     words = {name: set(row) & {"no LayerScale", "with norms", "cut", "DIFFERS"}
              for name, row in notes.items()}
     assert {name: w for name, w in words.items() if w} == {
@@ -2162,8 +2162,8 @@ def parts_of(batch, *slices):
 def gradients(model, parts, counts, wrapped=None):
     """What train_step hands to the optimizer; without clipping."""
     recorder, cfg = Recorder(model), train.TrainConfig(clip_max_norm=0.0)
-    train.train_step(wrapped or model, recorder, parts, counts, LossConfig(), cfg, "cpu",
-                     torch.float32)
+    train.train_step(wrapped or model, recorder, parts, counts, (model.cfg, LossConfig(), cfg), 0,
+                     "cpu", torch.float32)
     return recorder.grads
 
 
@@ -2190,7 +2190,7 @@ def evaluated(rank=0, world=1):
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
     model = build_model("detr_tiny", **SMALL, backbone_norm="frozen")
     result = evaluate.evaluate(model, loader, "cpu")
-    return result["detections"], torch.tensor(result["stats"])
+    return result["rows"], torch.tensor(result["stats"])
 
 
 FROZEN = [*TINY, "--backbone_norm", "frozen", "--dropout", "0"]  # equal for any split of a batch
@@ -2576,7 +2576,8 @@ def test_overfit_trains_and_evaluates_on_the_first_images_with_objects(tmp_path,
         out = f"out{len(data)}"
         options = [*TINY, *data, "--overfit", 4, "--no-augment", "--output_dir", out]
         _, given = train.read_options(list(map(str, options)), *configs)
-        train_set, val_set = train.build_datasets(train.make_configs(given)[2])
+        model_cfg, _, cfg = train.make_configs(given)
+        train_set, val_set = train.build_datasets(cfg, model_cfg)
         assert val_set.image_ids.tolist() == ids and train_set.image_ids.tolist() == 4 * ids
         for i in range(16):
             (image, target), (expected, truth) = train_set[i], val_set[i % 4]
@@ -2618,7 +2619,7 @@ def test_an_official_file_is_recognised_and_names_its_91_outputs(tmp_path):
     model = build_model("detr_r18", num_classes=91, hidden_dim=64, dim_feedforward=48,
                         enc_layers=2, dec_layers=3, num_queries=9).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "detr-r18.pth")
-    loaded, info = evaluate.load_detector(tmp_path / "detr-r18.pth")
+    loaded, info = evaluate.load_model(tmp_path / "detr-r18.pth")
     assert loaded.cfg == model.cfg
     images = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
     for a, b in zip(loaded.eval()(images), model(images)):

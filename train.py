@@ -1,18 +1,22 @@
-"""Training of DETR, on one process or many.
+"""Training of DETR and of the MetaFormer classifiers, on one process or many.
 
     python train.py                                           # built-in shapes, minutes on a CPU
     torchrun --nproc_per_node=4 train.py --mixer pool         # GPUs (nccl) or CPU (gloo)
     python train.py --data coco --model detr_r50              # annotations/, train2017/, val2017/
     python train.py --train_json A --train_images DIR --val_json B --val_images DIR
+    python train.py --model poolformer_s12 --data DIR         # DIR/{train,val}/<class>/*.jpg
+    python train.py --model metaformer_tiny --mixers pool     # a classifier of built-in shapes
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py
 
-The same command goes on from the checkpoint in --output_dir. Paper: DETR, arXiv:2005.12872.
+The same command goes on from the checkpoint in --output_dir. Papers: DETR, arXiv:2005.12872;
+MetaFormer, arXiv:2111.11418.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
@@ -28,19 +32,19 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, collate, contact_sheet,
-                  cxcywh_to_xyxy)
+from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
+                  TrainSampler, collate, contact_sheet, cxcywh_to_xyxy, mix)
 from evaluate import evaluate, to_device
-from losses import LossConfig, loss_counts, set_loss
-from model import (MODELS, ModelConfig, build_model, load_backbone, load_weights,
-                   read_checkpoint)
+from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
+from model import (METAFORMERS, MODELS, RESNETS, MetaFormer, MetaFormerConfig, ModelConfig,
+                   build_model, load_backbone, load_weights, read_checkpoint)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What is trained on, and how. The defaults are the official DETR's; PRESETS change them."""
     model: Annotated[str, "a key of MODELS, whose parts the options below can change"] = "detr_r50"
-    data: Annotated[str, "folder in COCO's layout: annotations/, train2017/, val2017/"] = ""
+    data: Annotated[str, "COCO: annotations/, train2017/, val2017/; classifiers: train/, val/"] = ""
     train_json: Annotated[str, "training annotations, a COCO instances file with any ids"] = ""
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
@@ -48,9 +52,10 @@ class TrainConfig:
     train_shapes: Annotated[int, "built-in shapes: images per epoch"] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images"] = 256
     overfit: Annotated[int, "train and evaluate on the first N images: the first thing to try"] = 0
-    image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it"] = 800
+    image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
+                               "classifiers: side of all images"] = 800
     max_size: Annotated[int, "longest side"] = 1333
-    augment: Annotated[bool, "random flip, sizes and crops"] = True
+    augment: Annotated[bool, "random flip, sizes and crops; classifiers: PoolFormer's"] = True
     group_by_shape: Annotated[bool, "batches of images of like shape"] = True
     epochs: Annotated[int, "passes over the training images"] = 300
     batch_size: Annotated[int, "images per optimizer step, over all processes"] = 16
@@ -59,11 +64,13 @@ class TrainConfig:
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it"] = 1e-5
     weight_decay: Annotated[float, "of AdamW"] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0 for no clipping"] = 0.1
-    schedule: Annotated[str, "step (a tenth every lr_drop epochs) or cosine (to 0)"] = "step"
+    schedule: Annotated[str, "step (a tenth every lr_drop epochs) or cosine (to min_lr)"] = "step"
+    min_lr: Annotated[float, "where the cosine schedule takes --lr"] = 0.0
     lr_drop: Annotated[int, "epochs between the drops of the step schedule"] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    warmup_epochs: Annotated[int, "epochs of linear warm-up, instead"] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
-    finetune: Annotated[str, "start from this DETR's weights; another class head is allowed"] = ""
+    finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
     resume: Annotated[str, "go on from this checkpoint, with the options given now"] = ""
     output_dir: Annotated[str, "where checkpoints, logs and pictures go"] = "out"
     eval_every: Annotated[int, "epochs between evaluations"] = 1
@@ -87,7 +94,7 @@ class TrainConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
         for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit", "seed",
-                      "warmup_steps"):
+                      "warmup_steps", "warmup_epochs", "min_lr"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"--{field} {getattr(self, field)} must be 0 or a positive number")
         if self.num_workers < -1:
@@ -100,9 +107,20 @@ class TrainConfig:
             raise ValueError(f"--max_size {self.max_size} is less than --image_size "
                              f"{self.image_size}")
 
+        if self.model in METAFORMERS and any(paths):
+            raise ValueError(f"{self.model} is a classifier: give --data DIR with the images as "
+                             f"DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg")
+
     @property
     def kind(self):
-        return "coco" if self.data or self.train_json else "shapes"
+        return kind_of_data(self.model, self.data or self.train_json)
+
+
+def kind_of_data(model, files):
+    """A key of PRESETS."""
+    if model in METAFORMERS:
+        return "folder" if files else "one shape"
+    return "coco" if files else "shapes"
 
 
 # Defaults by kind of data; "overfit" comes on top with --overfit. An explicit flag wins.
@@ -112,6 +130,14 @@ PRESETS = {
         model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=10, batch_size=16,
         lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
+    "folder": dict(                                # PoolFormer's recipe for ImageNet
+        image_size=224, epochs=300, batch_size=1024, weight_decay=0.05, clip_max_norm=0.0,
+        schedule="cosine", min_lr=1e-5, warmup_epochs=5, backbone_weights="none",
+        group_by_shape=False, eval_batch_size=64),
+    "one shape": dict(
+        image_size=64, augment=False, val_shapes=600, epochs=14, batch_size=32, lr=2e-3,
+        weight_decay=0.05, clip_max_norm=1.0, schedule="cosine", warmup_steps=200, smoothing=0.0,
+        mixup=0.0, cutmix=0.0, backbone_weights="none", group_by_shape=False, eval_batch_size=64),
     "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
 }
 OVERFIT_REPEATS = 100                              # passes over the N images in its epochs
@@ -132,8 +158,8 @@ def read_options(argv, *configs):
         group = parser.add_argument_group(config.__name__)
         hints = get_type_hints(config, include_extras=True)
         for field in fields(config):
-            if field.name == "num_classes":        # the data set says it
-                continue
+            if field.name == "num_classes" or f"--{field.name}" in parser._option_string_actions:
+                continue                           # the data set says it; or an earlier config has
             type_, help_ = get_args(hints[field.name])
             defaults = [f"default {field.default!r}"]
             defaults += [f"{kind}: {preset[field.name]}" for kind, preset in PRESETS.items()
@@ -145,10 +171,12 @@ def read_options(argv, *configs):
 
 
 def make_configs(given):
-    """(ModelConfig, LossConfig, TrainConfig) of a dict of options: what is given, else the options
+    """The configs of model, loss and training of a dict of options: what is given, else the options
     of the --resume checkpoint, else the preset of the kind of data, else the model's own values and
-    the defaults. Raises ValueError."""
-    given, sources = dict(given), ("data", "train_json", "train_images", "val_json", "val_images")
+    the defaults. For a classifier the first two are MetaFormerConfig and ClassLossConfig. Raises
+    ValueError."""
+    asked, sources = given, ("data", "train_json", "train_images", "val_json", "val_images")
+    given = dict(given)
     if given.get("resume"):
         if given.get("finetune"):
             raise ValueError("--finetune starts a run, --resume goes on with one: give one of them")
@@ -156,27 +184,42 @@ def make_configs(given):
         folder = os.path.dirname(given["resume"]) or "."
         given = {**state["model_config"], **state["loss_config"], **state["train_config"],
                  "output_dir": folder, "finetune": "", **given}
-    if not any(given.get(k) for k in sources) and os.path.isdir("data/coco"):
+    classifier = given.get("model") in METAFORMERS
+    if not (classifier or any(given.get(k) for k in sources)) and os.path.isdir("data/coco"):
         given["data"] = "data/coco"
-    kind = "coco" if any(given.get(k) for k in sources) else "shapes"
+    kind = kind_of_data(given.get("model"), any(given.get(k) for k in sources))
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
-    if kind == "shapes":                                             # the images are square
+    if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
+    if kind == "folder":
+        options.setdefault("lr", 1e-3 * options["batch_size"] / 1024)
 
     def pick(config):
         return {f.name: options[f.name] for f in fields(config) if f.name in options}
     cfg = TrainConfig(**pick(TrainConfig))
+    parts = (MetaFormerConfig, ClassLossConfig) if classifier else (ModelConfig, LossConfig)
+    known = {f.name for config in (TrainConfig, *parts) for f in fields(config)}
+    wrong = [f"--{name}" for name in asked if name not in known]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: no option of {cfg.model}, a "
+                         f"{'classifier (mixers: --mixers)' if classifier else 'detector'}")
     model_cfg = MODELS[cfg.model]
-    if cfg.backbone_weights == "none" and not cfg.finetune and model_cfg.backbone_norm == "frozen":
+    if not classifier and cfg.backbone_weights == "none" and not cfg.finetune:
         model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
-    model_cfg = replace(model_cfg, **pick(ModelConfig))
+    model_cfg = replace(model_cfg, **pick(parts[0]))
+    if not classifier:
+        check_grids(model_cfg, cfg)
+    return model_cfg, parts[1](**pick(parts[1])), cfg
+
+
+def check_grids(model_cfg, cfg):
+    """Raises ValueError if the images to come have more tokens than a fixed-grid mixer takes."""
     stride = model_cfg.stride
     side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
     fixed_grid = (model_cfg.encoder_mixer or model_cfg.mixer) in ("mlp", "fc", "random")
     if fixed_grid and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise ValueError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
                          f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")
-    return model_cfg, LossConfig(**pick(LossConfig)), cfg
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -224,19 +267,23 @@ def data_paths(cfg, split):
             os.path.join(cfg.data, f"{split}2017"))
 
 
-def build_datasets(cfg):
+def build_datasets(cfg, model_cfg):
     """Training and validation set; with --overfit both of the same N training images."""
     def build(split, augment=False, classes=None):
-        if cfg.kind == "shapes":
+        if cfg.kind == "folder":
+            return ImageFolder(cfg.data, split, cfg.image_size, model_cfg.crop_fraction, augment,
+                               cfg.seed, classes)
+        if cfg.kind != "coco":
             n = cfg.train_shapes if split == "train" else cfg.val_shapes
-            return ShapesDataset(split, n, cfg.image_size, augment, cfg.seed)
+            shapes = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
+            return shapes(split, n, cfg.image_size, augment, cfg.seed)
         return CocoDataset(*data_paths(cfg, split), cfg.image_size, cfg.max_size, augment, cfg.seed,
                            classes)
     train = build("train", cfg.augment)
     if cfg.overfit:
         return train.keep(cfg.overfit, OVERFIT_REPEATS), build("train").keep(cfg.overfit)
     val = build("val", classes=train.classes)
-    if not len(train.boxes):
+    if cfg.kind == "coco" and not len(train.boxes):
         raise ValueError(f"{train.json_path} has no annotations, there is nothing to learn")
     if cfg.kind == "coco" and val.missing:
         raise ValueError(f"{val.json_path} lacks categories that {train.json_path} has: "
@@ -265,22 +312,35 @@ def ignore_interrupts(worker):
 
 
 def build_optimizer(model, cfg):
-    """AdamW with the backbone's own learning rate; each group keeps it under "base_lr"."""
-    groups = [dict(params=[], lr=lr, base_lr=lr) for lr in (cfg.lr, cfg.lr_backbone)]
+    """AdamW with two groups of parameters, each with its learning rate under "base_lr".
+
+    Of a detector the second is the backbone, with a learning rate of its own; of a classifier
+    biases, norms and scales, without weight decay.
+    """
+    groups = [dict(params=[], lr=cfg.lr, base_lr=cfg.lr, weight_decay=cfg.weight_decay)
+              for _ in range(2)]
+    if isinstance(model, MetaFormer):
+        groups[1].update(weight_decay=0.0)
+    else:
+        groups[1].update(lr=cfg.lr_backbone, base_lr=cfg.lr_backbone)
     for name, p in model.named_parameters():
+        second = p.dim() < 2 if isinstance(model, MetaFormer) else "backbone" in name
         if "backbone" in name and not cfg.lr_backbone:
             p.requires_grad_(False)
         if p.requires_grad:
-            groups["backbone" in name]["params"].append(p)
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
+            groups[second]["params"].append(p)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def lr_factor(cfg, step, steps_per_epoch):
     """Learning rate at an optimizer step (from 0), as a factor: a pure function of the step."""
-    warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    warmup_steps = cfg.warmup_steps or cfg.warmup_epochs * steps_per_epoch
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     if cfg.schedule == "step":
         return warmup * 0.1 ** (step // steps_per_epoch // cfg.lr_drop)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / (cfg.epochs * steps_per_epoch)))
+    least = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
+    cosine = 0.5 * (1 + math.cos(math.pi * step / (cfg.epochs * steps_per_epoch)))
+    return warmup * (least + (1 - least) * cosine)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -337,23 +397,28 @@ def find_resume(cfg, configs):
 # -- logs and pictures ---------------------------------------------------------------------------
 
 def draw_batch(images, valid, targets, classes):
-    """The images of a batch with their boxes, as the network gets them."""
+    """The images of a batch with their boxes, or the class of the whole, as the network gets them
+    (but for mixup and CutMix)."""
     items = []
     for image, v, target in zip(images, valid, targets):
         h, w = int(v[:, 0].sum()), int(v[0].sum())
-        boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h])
+        boxes = cxcywh_to_xyxy(target.get("boxes", torch.tensor([[0.5, 0.5, 1, 1]])))
+        boxes = boxes * torch.tensor([w, h, w, h])
         picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
         items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
     return contact_sheet(items)
 
 
 def draw_predictions(rows, dataset, threshold=0.7):
-    """The first images of a data set with the detections (D, 7) that score over the threshold."""
+    """The first images of a data set with the detections (D, 7) that score over the threshold, or
+    with what a classifier takes each for (D, 5)."""
     items = []
     for i in range(min(16, len(dataset))):
-        r = rows[(rows[:, 0] == i) & (rows[:, 2] > threshold)].numpy()
-        boxes = np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1)
-        items.append((dataset.read(i), boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
+        image, detector = dataset.read(i), rows.shape[1] == 7
+        r = rows[(rows[:, 0] == i) & (rows[:, 2] > (threshold if detector else 0))].numpy()
+        boxes = (np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1) if detector else
+                 np.array([[0, 0, *image.size]]))
+        items.append((image, boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
     return contact_sheet(items)
 
 
@@ -382,8 +447,9 @@ def memory_gb(device):
 
 def interval_line(r, steps):
     """What the terminal shows of a record of steps.txt."""
-    return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f} "
-            f"(ce {r['loss_ce']:.3f} bbox {r['loss_bbox']:.3f} giou {r['loss_giou']:.3f})  "
+    terms = [f"{t} {r[f'loss_{t}']:.3f}" for t in ("ce", "bbox", "giou") if f"loss_{t}" in r]
+    terms = f" ({' '.join(terms)})" if terms else ""                 # a classifier has none
+    return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f}{terms}  "
             f"wrong class {r['class_error']:3.0f}%  lr {r['lr']:.1e}  "
             f"{r['images_per_s']:.1f} images/s  data {r['data_share']:.0%}  "
             f"{r['memory_gb']:.1f} GB  eta {clock(r['eta_s'])}")
@@ -391,8 +457,7 @@ def interval_line(r, steps):
 
 def epoch_record(sums, steps, loss_cfg):
     """The epoch's means by the official log's names: the losses weighted, and again "_unscaled"."""
-    coefs = {"ce": loss_cfg.ce_loss_coef, "bbox": loss_cfg.bbox_loss_coef,
-             "giou": loss_cfg.giou_loss_coef}
+    coefs = {term: getattr(loss_cfg, f"{term}_loss_coef", 1) for term in ("ce", "bbox", "giou")}
     record = {}
     for name, value in sums.items():                                 # loss, loss_ce, loss_ce_0, ...
         term = name.split("_")[1] if name.startswith("loss_") else ""
@@ -402,21 +467,53 @@ def epoch_record(sums, steps, loss_cfg):
     return record
 
 
+def evaluation_report(result):
+    """Of evaluate()'s dict: the number that tells which epoch is best, the terminal's words, and
+    the entries of log.txt, by the names of the official DETR and DeiT."""
+    stats = result["stats"].tolist()
+    if "precision" in result:
+        return stats[0], (f"AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}  AR100 "
+                          f"{stats[8]:.3f}"), {"test_coco_eval_bbox": stats}
+    return stats[0], f"top-1 {stats[0]:.2%}  top-5 {stats[1]:.2%}", {
+        "test_acc1": 100 * stats[0], "test_acc5": 100 * stats[1]}
+
+
 # -- training ------------------------------------------------------------------------------------
 
-def train_step(model, optimizer, parts, counts, loss_cfg, cfg, device, dtype):
-    """One optimizer step on this process's parts; returns the losses summed over them, detached.
+def detector_losses(model, images, valid, targets, counts, loss_cfg, autocast):
+    """The losses of one part of a step."""
+    with autocast:
+        logits, boxes = model(images, valid)
+    return set_loss(logits, boxes, targets, loss_cfg, counts)
+
+
+def classifier_losses(model, images, valid, targets, counts, loss_cfg, autocast, num_classes, rng):
+    """The losses of one part of a step; rng draws how its images are mixed."""
+    labels = torch.cat([t["labels"] for t in targets]).to(images.device)
+    images, labels = mix(images, labels, num_classes, rng, loss_cfg.mixup, loss_cfg.cutmix)
+    with autocast:
+        logits = model(images, valid)
+    return classification_loss(logits, labels, loss_cfg.smoothing, counts)
+
+
+def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
+    """Optimizer step `at` on this process's parts; returns their losses, summed and detached.
 
     counts: loss_counts of the whole step per process. As every part is divided by them, gradients
     add up to those of the whole batch, however it is split over parts and processes.
     """
+    model_cfg, loss_cfg, cfg = configs
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     totals = {}
     for k, (images, valid, targets) in enumerate(parts):
         last = k == len(parts) - 1
+        part = *to_device(images, valid, device), targets, counts, loss_cfg, autocast
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                logits, boxes = model(*to_device(images, valid, device))
-            losses = set_loss(logits, boxes, targets, loss_cfg, counts)
+            if isinstance(model_cfg, MetaFormerConfig):              # mixed alike on all processes
+                losses = classifier_losses(model, *part, model_cfg.num_classes,
+                                           random.Random(f"{cfg.seed} {at}"))
+            else:
+                losses = detector_losses(model, *part)
             losses["loss"].backward()
         for name, value in losses.items():
             share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
@@ -436,7 +533,8 @@ def prepare_model(model_cfg, cfg, state, classes, device, say):
     elif cfg.finetune:
         source = read_checkpoint(cfg.finetune)
         if isinstance(source, dict) and source.get("classes", classes) != classes:
-            source["model"] = {k: v for k, v in source["model"].items() if "class_embed" not in k}
+            source["model"] = {k: v for k, v in source["model"].items()
+                               if "class_embed" not in k and not k.startswith("head.")}
         report = load_weights(model, source, strict=False)
         say(f"weights of {cfg.finetune}", *(report or ["all taken"]), sep="\n  ")
     elif cfg.backbone_weights != "none":
@@ -461,28 +559,40 @@ def prepare_model(model_cfg, cfg, state, classes, device, say):
     return model, wrapped, optimizer
 
 
+def describe_model(name, c, trained):
+    """The banner's lines on a model of config c."""
+    if isinstance(c, MetaFormerConfig):
+        return [f"model    {name}, mixers {c.mixers}, {trained:,d} trained parameters"]
+    norm = f", {c.backbone_norm} norm" if c.backbone in RESNETS else ""
+    return [f"model    {name}, encoder {c.encoder_mixer or c.mixer}, decoder "
+            f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
+            f"         {c.backbone}{norm}"]
+
+
 def banner(cfg, model, train, val, loader, world, where):
     """What was decided, before the first step."""
     c, steps = model.cfg, loader.batch_sampler.steps
+    detector = isinstance(c, ModelConfig)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    most = int(np.diff(train.offsets).max())
-    data = (f"COCO files, {data_paths(cfg, 'train')[0]}" if cfg.kind == "coco" else
-            f"built-in shapes, {cfg.image_size} pixels (no --data, and no folder data/coco)")
+    most = int(np.diff(train.offsets).max()) if detector else 1
+    data = {"coco": lambda: f"COCO files, {data_paths(cfg, 'train')[0]}",
+            "folder": lambda: f"class folders, {cfg.data}"}.get(cfg.kind, lambda: (
+                f"built-in {cfg.kind}, {cfg.image_size} pixels (no --data"
+                f"{', and no folder data/coco' if detector else ''})"))()
     if cfg.overfit:
         data += f"; --overfit: {len(val)} images, each {OVERFIT_REPEATS} times an epoch"
     lines = [
         f"data     {data}",
         f"         {len(train)} training and {len(val)} validation images, "
-        f"{len(train.classes)} classes, at most {most} objects in an image",
-        *train.notes,
-        f"model    {cfg.model}, encoder {c.encoder_mixer or c.mixer}, decoder "
-        f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
-        f"         {c.backbone}, {c.backbone_norm} norm",
+        f"{len(train.classes)} classes"
+        f"{f', at most {most} objects in an image' if detector else ''}",
+        *train.notes, *(() if cfg.kind == "coco" or cfg.overfit else val.notes),
+        *describe_model(cfg.model, c, trained),
         f"run      {world} process(es) on {where}, {loader.num_workers} loader worker(s) each",
         f"         {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images",
         f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, "
         f"predictions.jpg"]
-    if most > c.num_queries:
+    if detector and most > c.num_queries:
         lines.append(f"note     {most} objects in an image, but {c.num_queries} queries: the rest "
                      f"cannot be found, raise --num_queries")
     scratch = cfg.kind == "coco" and not cfg.finetune and not cfg.overfit
@@ -520,7 +630,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
         if rank == 0:
             print(*args, **kwargs, flush=True)
 
-    train_set, val_set = build_datasets(cfg)
+    train_set, val_set = build_datasets(cfg, model_cfg)
     model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
     configs = dict(model_config=asdict(model_cfg), loss_config=asdict(loss_cfg),
                    train_config=asdict(cfg))
@@ -548,8 +658,9 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     def save(keep_previous):
         if rank == 0:
             state = dict(
-                format=1, **configs, classes=train_set.classes, category_ids=train_set.category_ids,
-                epoch=epoch, step=step, sums=sums, best_ap=best_ap, model=bare.state_dict(),
+                format=1, **configs, classes=train_set.classes,
+                category_ids=getattr(train_set, "category_ids", None), epoch=epoch, step=step,
+                sums=sums, best_ap=best_ap, model=bare.state_dict(),
                 optimizer=optimizer.state_dict())
             save_checkpoint(out + "ckpt.pt", state, keep_previous)
 
@@ -566,18 +677,20 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             at = epoch * steps + step
             if rank == 0 and at == 0:
                 draw_batch(*parts[0], train_set.classes).save(out + "first_batch.jpg")
-            counts = sum(loss_counts(targets, model_cfg.num_queries) for *_, targets in parts)
+            queries = getattr(model_cfg, "num_queries", 1)               # of a classifier
+            counts = sum(loss_counts(targets, queries) for *_, targets in parts)
             counts = sum_over_processes(torch.cat([counts, torch.tensor([interrupt["stop"]])]))
             stopping = counts[3] > 0                                     # the same on all processes
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(cfg, at, steps)
             torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)                # dropout
             try:
-                new = train_step(model, optimizer, parts, counts[:3] / world, loss_cfg, cfg,
-                                 device, dtype)
+                new = train_step(model, optimizer, parts, counts[:3] / world,
+                                 (model_cfg, loss_cfg, cfg), at, device, dtype)
             except ValueError as error:
                 ids = [train_set.image_ids[t["index"]] for *_, targets in parts for t in targets]
-                raise ValueError(f"epoch {epoch}, step {step}, images {[*map(str, ids)]}: {error}; "
+                ids = [os.fsdecode(i) if isinstance(i, bytes) else str(i) for i in ids]
+                raise ValueError(f"epoch {epoch}, step {step}, images {ids}: {error}; "
                                  f"a lower --lr may help; {out}ckpt.pt is as it was") from None
             losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
             step, done, count = step + 1, done + 1, count + 1
@@ -614,11 +727,10 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
         epoch, step, sums, is_best = epoch + 1, 0, {}, False
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             result = evaluate(bare, val_loader, device, dtype)
-            stats = result["stats"].tolist()
-            is_best, best_ap = stats[0] > best_ap, max(best_ap, stats[0])
-            record["test_coco_eval_bbox"] = stats
-            say(f"epoch {epoch:3d}/{cfg.epochs}  AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  "
-                f"AP75 {stats[2]:.3f}  AR100 {stats[8]:.3f}  on {len(val_set)} images, "
+            score, line, entries = evaluation_report(result)
+            is_best, best_ap = score > best_ap, max(best_ap, score)
+            record.update(entries)
+            say(f"epoch {epoch:3d}/{cfg.epochs}  {line}  on {len(val_set)} images, "
                 f"{clock(time.time() - begin)} since the start")
         save(keep_previous=False)
         if rank == 0:
@@ -627,13 +739,14 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             if is_best:
                 shutil.copyfile(out + "ckpt.pt", out + "best.pt.tmp")
                 os.replace(out + "best.pt.tmp", out + "best.pt")
-            if "test_coco_eval_bbox" in record:
-                draw_predictions(result["detections"], val_set).save(out + "predictions.jpg")
+            if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
+                draw_predictions(result["rows"], val_set).save(out + "predictions.jpg")
     return 0
 
 
 def main(argv=None):
-    parser, given = read_options(argv, TrainConfig, ModelConfig, LossConfig)
+    parser, given = read_options(argv, TrainConfig, ModelConfig, LossConfig, MetaFormerConfig,
+                                 ClassLossConfig)
     try:
         configs = make_configs(given)
     except (ValueError, OSError) as error:
