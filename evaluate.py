@@ -658,9 +658,9 @@ def own_area(columns):
     return columns["box"][:, 2] * columns["box"][:, 3]
 
 
-def read_truths(records, *where, strict):
-    """Columns of the ground truth, and notes, sentences on what pycocotools does otherwise."""
-    columns, notes = read_objects(records, "annotation", *where, strict), []
+def read_truths(records, *where, strict, notes):
+    """Columns of the ground truth; adds to notes what pycocotools would do otherwise."""
+    columns = read_objects(records, "annotation", *where, strict)
     area, crowd = (None, None) if strict else (own_area(columns).tolist(), [0] * len(records))
     columns["area"] = read_numbers(records, "annotation", "area", default=area, strict=strict)
     columns["crowd"] = read_numbers(records, "annotation", "iscrowd", default=crowd) != 0
@@ -677,12 +677,12 @@ def read_truths(records, *where, strict):
         if len(set(ids)) < len(ids):
             notes.append("annotations share an id: all count here, pycocotools takes the last for "
                          "each of them")
-    return columns, notes
+    return columns
 
 
-def read_detections(records, *where, strict):
-    """Columns of the detections, and notes as above."""
-    columns, notes = read_objects(records, "detection", *where, strict), []
+def read_detections(records, *where, strict, notes):
+    """Columns of the detections; notes as above."""
+    columns = read_objects(records, "detection", *where, strict)
     columns["score"] = read_numbers(records, "detection", "score", strict=strict)
     columns["area"] = own_area(columns)
     if "mask" in columns and records and records[0].get("bbox"):
@@ -692,7 +692,7 @@ def read_detections(records, *where, strict):
         else:
             notes.append("the detections have a bbox too: their size is that of their mask here, "
                          "of the box in pycocotools")
-    return columns, notes
+    return columns
 
 
 def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
@@ -762,12 +762,12 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     categories = subset(all_categories, category_ids, "category_ids")
     size_of = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
     where = iou_type, images, categories, [size_of[i] for i in images]
-    found, notes = read_detections(dt, *where, strict=strict)
+    notes = []
+    found = read_detections(dt, *where, strict=strict, notes=notes)
     check_listed(dt, "image_id", found["image"], all_images)
     if not strict:
         check_listed(dt, "category_id", found["category"], all_categories)
-    truths, more = read_truths(gt.get("annotations") or [], *where, strict=strict)
-    notes += more
+    truths = read_truths(gt.get("annotations") or [], *where, strict=strict, notes=notes)
     if not strict and 100 not in max_dets:
         notes.append(f"AP is at {max(max_dets)} detections; in pycocotools it is -1 without 100 in "
                      f"max_dets")
@@ -788,9 +788,8 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     result.update(category_ids=list(categories), classes=names, notes=notes)
-    rows = per_class(result)
     for field in ("AP", "AP50", "AR"):
-        result[f"{field.lower()}_per_class"] = {row["name"]: row[field] for row in rows}
+        result[f"{field.lower()}_per_class"] = {r["name"]: r[field] for r in per_class(result)}
     return result
 
 
