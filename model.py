@@ -41,7 +41,8 @@ class ModelConfig:
     grid_cols: Annotated[int, "columns of it; 42 x 42 covers 1333 pixels at stride 32"] = 42
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 128
     backbone: Annotated[str, "a ResNet, or a MetaFormer such as poolformer_s12"] = "resnet50"
-    backbone_norm: Annotated[str, "frozen (for pretrained weights) or batch"] = "frozen"
+    backbone_stage: Annotated[int, "last stage used of a MetaFormer; 1 to 4, stride 4 to 32"] = 4
+    backbone_norm: Annotated[str, "of a ResNet: frozen (for pretrained weights) or batch"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
     position_temperature: Annotated[float, "of the sine positions; low suits small grids"] = 10000.0
@@ -73,6 +74,10 @@ class ModelConfig:
         if self.dilation and self.backbone not in ("resnet50", "resnet101"):
             raise ValueError(f"--dilation is defined for resnet50 and resnet101, not for "
                              f"{self.backbone}")
+        if self.backbone_stage not in (1, 2, 3, 4) or (self.backbone_stage < 4
+                                                       and self.backbone in RESNETS):
+            raise ValueError(f"--backbone_stage {self.backbone_stage} must be 1 to 4, and 4 for a "
+                             f"ResNet such as {self.backbone}")
         if not self.position_temperature > 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"--position_temperature {self.position_temperature} must be over 0, "
                              f"--dropout {self.dropout} at least 0 and below 1")
@@ -87,7 +92,8 @@ class ModelConfig:
     @property
     def stride(self):
         """Pixels per token of the image, along rows and along columns."""
-        stages = len(RESNETS[self.backbone][1]) if self.backbone in RESNETS else 4
+        stages = (len(RESNETS[self.backbone][1]) if self.backbone in RESNETS
+                  else self.backbone_stage)
         return 2 ** (stages + 1) // (2 if self.dilation else 1)
 
 
@@ -726,7 +732,8 @@ class MetaFormer(nn.Module):
         self.pos_embed, self.cls_token, self.limits = None, None, {}
         n, cin, side = sum(depth for depth, _, _ in cfg.stages), 3, cfg.image_size
         rates = iter([cfg.drop_path * i / max(1, n - 1) for i in range(n)])
-        for k, (depth, C, mixer) in enumerate(cfg.stages):
+        last = max(map(int, cfg.maps.split(","))) if cfg.maps else len(cfg.stages)
+        for k, (depth, C, mixer) in enumerate(cfg.stages[:last]):
             kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
             if cfg.family == "isotropic":
                 kernel, stride, padding = 16, 16, 0
@@ -1016,7 +1023,7 @@ class Backbone(nn.Module):
         if cfg.backbone in RESNETS:
             self.body = ResNet(cfg)
         else:
-            self.body = MetaFormer(replace(METAFORMERS[cfg.backbone], maps="4"))
+            self.body = MetaFormer(replace(METAFORMERS[cfg.backbone], maps=str(cfg.backbone_stage)))
 
     def forward(self, x, valid):
         """Images (B, 3, IH, IW) and valid (B, IH, IW), or None, to those of the last map."""
@@ -1179,6 +1186,8 @@ def load_weights(model, source, strict=True):
         state = our_names(state)
     if target is not model or isinstance(model, MetaFormer) and model.cfg.maps:
         left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
+        for k in range(len(target.stages), 4) if isinstance(target, MetaFormer) else ():
+            left_out += f"stages.{k}.", f"downsample_layers.{k}.", "pos_embed"
     own, report, faults = target.state_dict(), [], []
     for key in sorted(own.keys() | state.keys()):
         if key in own and key in state and own[key].shape == state[key].shape:

@@ -1405,6 +1405,25 @@ def test_fc_and_sepconv_are_their_formulas():
         assert_close(y[b, n], mixer.pwconv2.weight @ sum(terms), atol=1e-3, rtol=1e-4)
 
 
+def test_a_detr_may_use_the_first_stages_of_a_metaformer_alone():
+    whole = build_model("metaformer_tiny").eval()
+    model = build_model("detr_tiny", backbone="metaformer_tiny", backbone_stage=2).eval()
+    report = load_weights(model, whole.state_dict())
+    assert model.cfg.stride == 8 and model.backbone[0].body.num_channels == 64
+    assert any("stages.2.0.mlp.fc1.weight" in line for line in report)
+    assert not any("stages.1" in line for line in report)
+    images = torch.randint(256, (2, 3, 64, 48), dtype=torch.uint8)
+    expected = whole.features(images)[1]                             # (2, 64, 8, 6)
+    got, _ = model.backbone[0](model.normalise(images, None), None)
+    assert got.shape == (2, 64, 8, 6) == expected.shape              # got is behind a norm
+    torch.testing.assert_close(got, F.group_norm(expected, 1))
+    model.train()(images)[0].sum().backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    for wrong in (dict(backbone_stage=2), dict(backbone="metaformer_tiny", backbone_stage=5)):
+        with pytest.raises(ValueError, match="--backbone_stage"):
+            build_model("detr_tiny", **wrong)
+
+
 # -- matcher.py and losses.py --------------------------------------------------------------------
 
 def pair_cost(logits, box, label, target):
