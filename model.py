@@ -42,7 +42,7 @@ class ModelConfig:
     token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 128
     backbone: Annotated[str, "a ResNet, or a MetaFormer such as poolformer_s12"] = "resnet50"
     backbone_stage: Annotated[int, "last stage used of a MetaFormer; 1 to 4, stride 4 to 32"] = 4
-    backbone_norm: Annotated[str, "of a ResNet: frozen (for pretrained weights) or batch"] = "frozen"
+    backbone_norm: Annotated[str, "of a ResNet: frozen (pretrained weights) or batch"] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "sine or learned"] = "sine"
     position_temperature: Annotated[float, "of the sine positions; low suits small grids"] = 10000.0
