@@ -82,8 +82,9 @@ def run_evaluator(name, folder):
     gt, dt = (os.path.join(folder, f"{side}.json") for side in ("gt", "dt"))
     if name in ("columns", "files"):
         from evaluate import coco_eval, evaluate_columns
-        c = np.load(os.path.join(folder, "columns.npz"))
-        columns = [{key[3:]: c[key] for key in c if key[:2] == side} for side in ("gt", "dt")]
+        if name == "columns":
+            c = np.load(os.path.join(folder, "columns.npz"))
+            columns = [{key[3:]: c[key] for key in c if key[:2] == side} for side in ("gt", "dt")]
     elif name == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -118,7 +119,7 @@ def bench_evaluator(args):
 
         def run(name):                              # in a process of its own: memory is per process
             out = subprocess.run([sys.executable, *sys.argv, "--one", name, folder],
-                                 capture_output=True, text=True, check=True).stdout
+                                 stdout=subprocess.PIPE, text=True, check=True).stdout
             return json.loads(out.splitlines()[-1])
         sizes, runs = run("workload"), {name: [] for name in names}
         for _ in range(args.repeats):

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -252,18 +253,18 @@ def match_pairs(d, g, iou, cell, ignored, crowd, iou_thrs):
     return truth
 
 
-def precision_at_recall(rows, matched, counted, judged, score, num_gt, rec_thrs):
+def precision_at_recall(hits, matched, counted, judged, score, num_gt, rec_thrs):
     """Precision, recall and score of one class, from its N detections by falling score.
 
-    rows (H,): those that reach a ground truth at all; matched, counted (H, T): that one is theirs,
-    and it is not ignored; judged (N,): wrong if it matches nothing; score (N,). Returns precision
-    and scores (T, R), 0 for a recall that is never reached, and recall (T,) in the end.
+    hits (H,): rows of those that reach a ground truth at all; matched, counted (H, T): that one is
+    theirs, and it is not ignored; judged (N,): wrong if it matches nothing; score (N,). Returns
+    precision and scores (T, R), 0 for a recall never reached, and recall (T,) in the end.
     """
     found = counted.cumsum(axis=0)                                                  # (H, T)
-    wrong = judged.cumsum()[rows, None] - (matched & judged[rows, None]).cumsum(axis=0)
+    wrong = judged.cumsum()[hits, None] - (matched & judged[hits, None]).cumsum(axis=0)
     precision = found / (found + wrong + np.spacing(1))         # so a first hit has 1 - 2.2e-16
     best = np.maximum.accumulate(precision[::-1])[::-1]         # at this recall or a higher one
-    best, hit_score = np.vstack([best, 0 * best.sum(axis=0)]), np.append(score[rows], 0)
+    best, hit_score = np.vstack([best, np.zeros(found.shape[1])]), np.append(score[hits], 0)
     need = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)                # hits, (R,)
     at = np.stack([np.searchsorted(column, need) for column in found.T])            # (T, R)
     scores = hit_score[at]
@@ -276,7 +277,8 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     """COCO evaluation from columns, arrays with one row per object.
 
     gt: "image" (G,) int64, "category" (G,) int64 below num_classes, "box" (G, 4) float64 x, y, w,
-    h in pixels, "area" (G,) float64, "crowd" (G,) bool. dt: "image", "category", "box" alike and
+    h in pixels, "area" (G,) float64, "crowd" (G,) bool; "lost" (G,) bool, if any are never to count
+    as found. dt: "image", "category", "box" alike and
     "score" (D,) float64; "area" if it is not w * h. With "mask" in both, masks are compared, see
     mask_edges, and the boxes bound them. Among equal scores the lower image index comes first, so
     indices must follow the image ids; within an image the order of rows decides.
@@ -290,10 +292,9 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     0.7. The first takes A, the second comes too late, the third takes B. Precision 1, 1/2, 2/3
     at recall 1/2, 1/2, 1. Best precision at a recall or above: 1 for the 51 thresholds to 0.5,
     2/3 for the other 50, mean 0.835. AP is the mean of this over IoU thresholds and classes.
-
     Source: cocoeval.py of the COCO API.
     """
-    iou_thrs, max_dets = np.asarray(iou_thrs, np.float64), sorted(max_dets)
+    iou_thrs, max_dets = np.asarray(iou_thrs, np.float64), sorted(int(n) for n in max_dets)
     T, R, K, A, M = len(iou_thrs), len(rec_thrs), num_classes, len(area_ranges), len(max_dets)
     precision, scores = np.full((2, T, R, K, A, M), -1.0)
     recall, num_gt = np.full((T, K, A, M), -1.0), np.zeros((K, A), np.int64)
@@ -302,30 +303,30 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     rank = count_before(dt["cell"])
     dt, rank = take(dt, rank < max_dets[-1]), rank[rank < max_dets[-1]]
     d, g, iou = find_pairs(gt, dt, min(*iou_thrs, 1 - 1e-10))
-    odd = np.unique(dt["cell"][d[np.isnan(iou)]])               # cells with NaN boxes, if strict
-    rows, d = np.unique(d, return_inverse=True)                 # the H detections that have a pair
-    dt_ends, row_ends = (np.searchsorted(c, np.arange(K + 1))
-                         for c in (dt["category"], dt["category"][rows]))
+    nan_cells = np.unique(dt["cell"][d[np.isnan(iou)]])         # only strict lets such boxes in
+    hits, d = np.unique(d, return_inverse=True)                 # the H detections that have a pair
+    dt_ends, hit_ends = (np.searchsorted(c, np.arange(K + 1))
+                         for c in (dt["category"], dt["category"][hits]))
     area = dt["area"] if "area" in dt else dt["box"][:, 2] * dt["box"][:, 3]
-    lost = gt.get("lost", np.zeros(len(gt["cell"]), bool))      # see coco_eval, strict
+    lost = gt.get("lost", np.zeros(len(gt["cell"]), bool))
     for a, (low, high) in enumerate(area_ranges.values()):
         ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
         num_gt[:, a] = np.bincount(gt["category"][~ignored], minlength=K)
-        truth = match_pairs(d, g, iou, dt["cell"][rows], ignored, gt["crowd"], iou_thrs)
-        for cell in odd:
-            i, j = (np.flatnonzero(c == cell) for c in (dt["cell"][rows], gt["cell"]))
-            truth[i] = match_cell(take(dt, rows[i]), take(gt, j), ignored[j], j, iou_thrs)
+        truth = match_pairs(d, g, iou, dt["cell"][hits], ignored, gt["crowd"], iou_thrs)
+        for cell in nan_cells:
+            i, j = (np.flatnonzero(c == cell) for c in (dt["cell"][hits], gt["cell"]))
+            truth[i] = match_cell(take(dt, hits[i]), take(gt, j), ignored[j], j, iou_thrs)
         matched = (truth >= 0) & ~(lost & ~ignored)[truth]                          # (H, T)
         counted = matched & ~ignored[truth]
         judged = ~((area < low) | (area > high))                                    # (D,)
         for k in np.flatnonzero(num_gt[:, a]):
-            every, some = slice(*dt_ends[k:k + 2]), slice(*row_ends[k:k + 2])
+            own, own_hits = slice(*dt_ends[k:k + 2]), slice(*hit_ends[k:k + 2])
             for m, cut in enumerate(max_dets):
-                n = rank[rows[some]] < cut
+                n = rank[hits[own_hits]] < cut
                 precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = \
-                    precision_at_recall(rows[some][n] - dt_ends[k], matched[some][n],
-                                        counted[some][n], judged[every] & (rank[every] < cut),
-                                        dt["score"][every], num_gt[k, a], rec_thrs)
+                    precision_at_recall(hits[own_hits][n] - dt_ends[k], matched[own_hits][n],
+                                        counted[own_hits][n], judged[own] & (rank[own] < cut),
+                                        dt["score"][own], num_gt[k, a], rec_thrs)
     result = dict(precision=precision, recall=recall, scores=scores, num_gt=num_gt,
                   iou_thrs=iou_thrs, rec_thrs=np.asarray(rec_thrs, np.float64),
                   max_dets=max_dets, area_ranges=area_ranges, strict=strict)
@@ -337,8 +338,8 @@ def summary_rows(max_dets, strict=False):
     """COCO's 12 numbers: (array, IoU threshold or None for all, area, detections), in order.
 
     AP and the recall by size are at the most detections, the three recalls of all sizes at the
-    first, second and last of max_dets. strict: the third stands for the last, and the first AP is
-    at 100, as in pycocotools; IndexError, as there, if there is no third.
+    first, second and last of max_dets. strict, as pycocotools: max_dets[2] wherever the last is
+    meant, IndexError if there is none; and the first AP is at 100 exactly.
     """
     sizes, last = ("small", "medium", "large"), max_dets[2] if strict else max_dets[-1]
     cuts = max_dets[0], max_dets[:2][-1], last
@@ -361,10 +362,11 @@ def mean_over(result, array, iou, area, cut):
 def per_class(result):
     """A dict for each class with a name: "id", "name", "objects", and "AP", "AP50", "AR" over all
     areas at the most detections, nan without ground truth or without that IoU threshold."""
-    curves = result["precision"][..., 0, -1].mean(axis=1), result["recall"][..., 0, -1]     # (T, K)
+    a = list(result["area_ranges"]).index("all") if "all" in result["area_ranges"] else 0
+    curves = result["precision"][..., a, -1].mean(axis=1), result["recall"][..., a, -1]     # (T, K)
     ap, ar = (np.where(x > -1, x, np.nan) for x in curves)
     ap50 = np.vstack([ap[result["iou_thrs"] == 0.5], np.nan * ap[:1]])[0]
-    rows = zip(result["category_ids"], result["classes"], result["num_gt"][:, 0].tolist(),
+    rows = zip(result["category_ids"], result["classes"], result["num_gt"][:, a].tolist(),
                ap.mean(axis=0).tolist(), ap50.tolist(), ar.mean(axis=0).tolist())
     return [dict(zip(("id", "name", "objects", "AP", "AP50", "AR"), row)) for row in rows if row[1]]
 
@@ -440,6 +442,8 @@ def polygon_edges(ring, h, w):
     x, y = np.trunc(5.0 * ring + 0.5).astype(np.int64).reshape(-1, 2).T
     x1, y1 = np.roll(x, -1), np.roll(y, -1)
     length = np.maximum(np.abs(x1 - x), np.abs(y1 - y))         # steps, along the longer axis
+    if length.sum() > 2**22:                                    # bounds the memory
+        raise ValueError("a polygon with an outline of more than 800,000 pixels")
     steep = np.abs(x1 - x) < np.abs(y1 - y)
     back = np.where(steep, y > y1, x > x1)                      # always rounded walking upwards
     x, x1, y, y1 = (np.where(back, *p) for p in ((x1, x), (x, x1), (y1, y), (y, y1)))
@@ -456,8 +460,7 @@ def polygon_edges(ring, h, w):
     column = (np.where(u[step + 1] < u[step], u[step + 1], u[step + 1] - 1) + 0.5) / 5 - 0.5
     row = np.ceil(((np.minimum(v[step], v[step + 1]) + 0.5) / 5 - 0.5).clip(0, h))
     inside = (column == np.floor(column)) & (column >= 0) & (column <= w - 1)
-    edges = np.sort((column * h + row)[inside].astype(np.int64))
-    return edges if len(edges) % 2 == 0 else np.append(edges, h * w)
+    return np.sort((column * h + row)[inside].astype(np.int64))     # even: it goes there and back
 
 
 def unite(masks):
@@ -505,29 +508,33 @@ def mask_overlap(dt, gt, crowd):
 def read_numbers(records, what, field, *shape, default=None, strict=False):
     """One field of all records, (n, *shape) float64. ValueError names the first record at fault.
 
-    default: one value per record, for a field that is absent or null. Numbers must be finite and,
-    where the field is a box, width and height 0 or more; strict lets these pass.
+    default: one value per record, for a field that is absent or null. Numbers must be finite (a
+    score may be infinite), width and height of a box 0 or more; strict lets all numbers pass.
     """
-    def read(records, default):
-        try:
-            if default is not None:
-                records = [r if r.get(field) is not None else {field: value}
-                           for r, value in zip(records, default)]
-            x = np.array([r[field] for r in records])
-        except (AttributeError, KeyError, TypeError, ValueError):   # no dict, absent, uneven
-            return None
-        ok = x.dtype.kind in "biuf" and x.shape[1:] == shape
-        ok = ok and (strict or np.isfinite(x).all() and (x[..., 2:] >= 0).all())
-        return x.astype(np.float64) if ok else None
+    values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
+    if default is not None:
+        values = [d if v is None else v for v, d in zip(values, default)]
 
-    values = read(records, default) if records else np.zeros((0, *shape))
-    if values is None:
-        i, r = next((i, r) for i, r in enumerate(records)
-                    if read([r], None if default is None else default[i:i + 1]) is None)
+    def read(values):
+        try:
+            x = np.array(values)
+        except ValueError:                                      # of uneven length
+            return None
+        if x.dtype.kind not in "biuf" or x.shape[1:] != shape:
+            return None
+        valid = ~np.isnan(x) if field == "score" else np.isfinite(x)
+        sizes = x[:, 2:] if shape else x[:0]
+        return x if strict or valid.all() and (sizes >= 0).all() else None
+
+    x = read(values) if values else np.zeros((0, *shape))
+    if x is None:
+        i = next(i for i, value in enumerate(values) if read([value]) is None)
         wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
-        raise ValueError(f"{what} {i} should have {wanted} as its {field}, correct or drop it: "
-                         f"{str(r)[:300]}")
-    return values
+        remedy = ("use --iou_type segm for masks" if field == "bbox" and "segmentation" in
+                  records[i] and values[i] is None else "correct or drop it")
+        raise ValueError(f"{what} {i} should have {wanted} as its {field}, {remedy}: "
+                         f"{str(records[i])[:300]}")
+    return x.astype(np.float64)
 
 
 def read_masks(records, what, image, sizes):
@@ -543,8 +550,10 @@ def read_masks(records, what, image, sizes):
                 raise ValueError(f"an image of height {h!r} and width {w!r} in the ground truth")
             masks[i] = mask_edges(r.get("segmentation"), h, w)
         except (OverflowError, TypeError, ValueError) as error:
+            remedy = ("correct or drop it" if "segmentation" in r or "bbox" not in r else
+                      "use --iou_type bbox for boxes")
             raise ValueError(f"{what} {i} should have polygons or a run-length code of its image's "
-                             f"size as its segmentation, it has {error}: correct or drop it: "
+                             f"size as its segmentation, it has {error}, {remedy}: "
                              f"{str(r)[:300]}") from None
         boxes[i] = mask_box(masks[i], h)
     return masks, boxes
@@ -559,14 +568,18 @@ def id_index(gt, field):
                          "all str; is this a COCO instances file?") from None
 
 
-def subset(index, chosen, what):
-    """The id -> index of the chosen ids alone; all if chosen is None."""
+def subset(index, chosen, what, order=sorted):
+    """The id -> index of the chosen ids alone, in that order; all if chosen is None."""
     if chosen is None:
         return index
+    try:
+        chosen = list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
+    except TypeError:
+        raise ValueError(f"{what} {chosen!r} should be a list of ids") from None
     unknown = [i for i in chosen if i not in index]
     if unknown:
         raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe(index)}")
-    return {id_: i for i, id_ in enumerate(sorted(set(chosen)))}
+    return {id_: i for i, id_ in enumerate(order(chosen))}
 
 
 def look_up(records, what, field, index):
@@ -602,8 +615,9 @@ def check_listed(dt, field, found, index):
 
 
 def overlapping(gt, dt):
-    """How many pairs of one image and class overlap by half."""
-    return len(find_pairs(*with_cells(gt, dt), 0.5)[0])
+    """How many pairs of one image and class overlap by half, of the first 100 detections there."""
+    gt, dt = with_cells(gt, dt)
+    return len(find_pairs(gt, take(dt, count_before(dt["cell"]) < 100), 0.5)[0])
 
 
 def find_causes(gt, dt, names):
@@ -613,7 +627,7 @@ def find_causes(gt, dt, names):
     if gt["crowd"].all():
         return ["every ground truth is a crowd, and crowds are not looked for: every number is -1"]
     if not len(dt["image"]):
-        return ["there are no detections: AP is 0 here, pycocotools raises an error"]
+        return ["there are no detections in these images and categories: AP is 0"]
     has, found = ([names[k] for k in np.unique(c["category"])] for c in (gt, dt))
     if not set(has) & set(found):
         return [f"no category in common: the ground truth has {', '.join(has[:5])}; the detections "
@@ -640,14 +654,18 @@ def find_causes(gt, dt, names):
     return notes
 
 
-def read_objects(records, what, iou_type, images, categories, sizes, strict):
-    """The columns that annotations and detections share; image or category -1: not listed."""
-    image = look_up(records, what, "image_id", images)
-    category = look_up(records, what, "category_id", categories)
-    if iou_type == "segm":
-        mask, box = read_masks(records, what, np.where(category < 0, -1, image), sizes)
+def read_objects(records, what, how):
+    """The columns that annotations and detections share; image or category -1: not listed.
+
+    how: iou_type, images and categories (id -> index), sizes of the images, strict, and notes, to
+    which read_truths and read_detections add what pycocotools would do otherwise.
+    """
+    image = look_up(records, what, "image_id", how.images)
+    category = look_up(records, what, "category_id", how.categories)
+    if how.iou_type == "segm":
+        mask, box = read_masks(records, what, np.where(category < 0, -1, image), how.sizes)
         return dict(image=image, category=category, box=box, mask=mask)
-    box = read_numbers(records, what, "bbox", 4, strict=strict)
+    box = read_numbers(records, what, "bbox", 4, strict=how.strict)
     return dict(image=image, category=category, box=box)
 
 
@@ -658,41 +676,51 @@ def own_area(columns):
     return columns["box"][:, 2] * columns["box"][:, 3]
 
 
-def read_truths(records, *where, strict, notes):
-    """Columns of the ground truth; adds to notes what pycocotools would do otherwise."""
-    columns = read_objects(records, "annotation", *where, strict)
+def read_truths(records, what, how):
+    """Columns of the ground truth."""
+    columns, strict = read_objects(records, what, how), how.strict
     area, crowd = (None, None) if strict else (own_area(columns).tolist(), [0] * len(records))
-    columns["area"] = read_numbers(records, "annotation", "area", default=area, strict=strict)
-    columns["crowd"] = read_numbers(records, "annotation", "iscrowd", default=crowd) != 0
+    columns["area"] = read_numbers(records, what, "area", default=area, strict=strict)
+    columns["crowd"] = read_numbers(records, what, "iscrowd", default=crowd) != 0
+    ids = [r["id"] for r in records if isinstance(r.get("id"), (int, float, str))]
     if strict:
-        last = look_up(records, "annotation", "id", {r.get("id"): i for i, r in enumerate(records)})
+        last = {r["id"]: i for i, r in enumerate(records)} if len(ids) == len(records) else {}
+        last = look_up(records, what, "id", last)
         columns["lost"] = np.array([r["id"] == 0 for r in records], bool)
         listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
         listed = listed[np.argsort(columns["image"][listed], kind="stable")]
         columns = take(columns, last[listed])
     else:
-        ids = [r["id"] for r in records if isinstance(r.get("id"), (int, str))]
         if 0 in ids:
-            notes.append("an annotation has the id 0: it counts here, pycocotools never finds it")
+            how.notes.append("an annotation has the id 0: it counts here, pycocotools never finds "
+                             "it")
         if len(set(ids)) < len(ids):
-            notes.append("annotations share an id: all count here, pycocotools takes the last for "
-                         "each of them")
+            how.notes.append("annotations share an id: all count here, pycocotools takes the last "
+                             "for each of them")
     return columns
 
 
-def read_detections(records, *where, strict, notes):
-    """Columns of the detections; notes as above."""
-    columns = read_objects(records, "detection", *where, strict)
-    columns["score"] = read_numbers(records, "detection", "score", strict=strict)
+def read_detections(records, what, how):
+    """Columns of the detections."""
+    columns = read_objects(records, what, how)
+    columns["score"] = read_numbers(records, what, "score", strict=how.strict)
     columns["area"] = own_area(columns)
     if "mask" in columns and records and records[0].get("bbox"):
-        if strict:
-            box = read_numbers(records, "detection", "bbox", 4, strict=True)
+        if how.strict:
+            box = read_numbers(records, what, "bbox", 4, strict=True)
             columns["area"] = box[:, 2] * box[:, 3]
         else:
-            notes.append("the detections have a bbox too: their size is that of their mask here, "
-                         "of the box in pycocotools")
+            how.notes.append("the detections have a bbox too: their size is that of their mask "
+                             "here, of the box in pycocotools")
     return columns
+
+
+def as_array(values):
+    """An array, of no numbers where the values are uneven."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.empty(0, object)
 
 
 def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
@@ -700,12 +728,16 @@ def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
     if iou_type not in ("bbox", "segm"):
         raise ValueError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
     for name, values in (("iou_thrs", iou_thrs), ("rec_thrs", rec_thrs), ("max_dets", max_dets)):
-        x = np.asarray(values)
+        x = as_array(values)
         if x.ndim != 1 or not len(x) or x.dtype.kind not in "iuf" or not np.isfinite(x).all():
             raise ValueError(f"{name} {values!r} should be a list of one number or more")
-    if np.asarray(max_dets).dtype.kind == "f" or min(max_dets) < 1:
-        raise ValueError(f"max_dets {max_dets!r} should be whole numbers of 1 or more")
-    if not isinstance(area_ranges, dict) or np.shape(list(area_ranges.values()))[1:] != (2,):
+        if name == "rec_thrs" and (np.diff(x) < 0).any():
+            raise ValueError(f"rec_thrs {values!r} should ascend")
+        if name == "max_dets" and (x.dtype.kind == "f" or x.min() < 1):
+            raise ValueError(f"max_dets {values!r} should be whole numbers of 1 or more")
+    x = as_array(list(area_ranges.values()) if isinstance(area_ranges, dict) else [])
+    if x.ndim != 2 or x.shape[1] != 2 or x.dtype.kind not in "iuf" or not (x[:, 0] <= x[:, 1]
+                                                                           ).all():
         raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
                          f"name, as in {AREA_RANGES}")
 
@@ -718,16 +750,23 @@ def class_names(records, categories):
 
 
 def read_sides(gt, dt):
-    """Ground truth and detections from dict and list, or from their files."""
+    """Ground truth and detections from dict and list, or from their files, and what to call a
+    record of each in an error."""
+    names = ["annotation", "detection"]
     if isinstance(gt, (str, os.PathLike)):
-        gt = read_json(gt, "a COCO instances file")
+        gt, names[0] = read_json(gt, "a COCO instances file"), f"{gt}: annotation"
     if isinstance(dt, (str, os.PathLike)):
-        dt = read_json(dt, "a list of detections in COCO results format")
-    if not isinstance(gt, dict):
-        raise ValueError(f"ground truth should be a COCO instances dict, not a {type(gt).__name__}")
+        dt, names[1] = (read_json(dt, "a list of detections in COCO results format"),
+                        f"{dt}: detection")
+    if isinstance(dt, np.ndarray) and dt.ndim == 2 and dt.shape[1] == 7:    # so does pycocotools
+        dt = [dict(image_id=i, bbox=box, score=s, category_id=k) for i, *box, s, k in dt.tolist()]
+    if not isinstance(gt, dict) or not isinstance(gt.get("annotations") or [], list):
+        raise ValueError(f"{names[0]}s: the ground truth should be a COCO instances dict with a "
+                         f"list of annotations, not a {type(gt).__name__}; are the two swapped?")
     if not isinstance(dt, (list, tuple)):
-        raise ValueError(f"detections should be a list of dicts, not a {type(dt).__name__}")
-    return gt, dt
+        raise ValueError(f"{names[1]}s: they should be a list of dicts, not a {type(dt).__name__}; "
+                         f"are the two swapped?")
+    return gt, dt, names
 
 
 def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
@@ -738,9 +777,9 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     gt: COCO instances dict or its path; dt: list of {"image_id", "category_id", "score", "bbox":
     [x, y, w, h] in pixels, or "segmentation"}, or its path. iou_type: "bbox", or "segm" for masks.
     image_ids, category_ids: the only ones to take part. use_cats=False: classes are not told
-    apart. Ids are ints or strings. Without "iscrowd" a ground truth is none, without "area" it has
-    that of its box or mask; those of unlisted images or categories do not take part. Raises
-    ValueError or FileNotFoundError naming the file or record.
+    apart, equal scores are in the order of category_ids. Ids are ints or strings. No "iscrowd" is
+    0, no "area" that of box or mask; ground truths of unlisted images or categories do not take
+    part. Raises ValueError or FileNotFoundError naming the file or record.
 
     Adds "category_ids" (ascending), "classes" (their names), "ap_per_class", "ap50_per_class" and
     "ar_per_class" (name -> float, nan without ground truth; all areas, most detections), and
@@ -753,24 +792,23 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     max_dets; no detections and fewer than three max_dets are an IndexError.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
-    gt, dt = read_sides(gt, dt)
+    gt, dt, (annotation, detection) = read_sides(gt, dt)
     if strict and (not dt or len(max_dets) < 3):
         raise IndexError("pycocotools, and so strict, needs a detection and three max_dets: there "
                          f"are {len(dt)} and {len(max_dets)}")
     all_images, all_categories = id_index(gt, "images"), id_index(gt, "categories")
     images = subset(all_images, image_ids, "image_ids")
-    categories = subset(all_categories, category_ids, "category_ids")
+    categories = subset(all_categories, category_ids, "category_ids", sorted if use_cats else list)
     size_of = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
-    where = iou_type, images, categories, [size_of[i] for i in images]
-    notes = []
-    found = read_detections(dt, *where, strict=strict, notes=notes)
+    how = SimpleNamespace(iou_type=iou_type, images=images, categories=categories, strict=strict,
+                          sizes=[size_of[i] for i in images], notes=[])
+    found, notes = read_detections(dt, detection, how), how.notes
     check_listed(dt, "image_id", found["image"], all_images)
     if not strict:
         check_listed(dt, "category_id", found["category"], all_categories)
-    truths = read_truths(gt.get("annotations") or [], *where, strict=strict, notes=notes)
+    truths = read_truths(gt.get("annotations") or [], annotation, how)
     if not strict and 100 not in max_dets:
-        notes.append(f"AP is at {max(max_dets)} detections; in pycocotools it is -1 without 100 in "
-                     f"max_dets")
+        notes.append(f"AP is at {max(max_dets)} detections; pycocotools' is -1 unless 100 is there")
     unlisted = ((truths["image"] < 0) | (truths["category"] < 0)).sum()
     if unlisted and image_ids is None and category_ids is None:
         notes.append(f"{unlisted} annotations are of images or categories that are not listed: "
@@ -1006,8 +1044,16 @@ def main(argv=None):
     if bool(args.gt) != bool(args.dt) or bool(args.gt) == bool(args.checkpoint):
         raise ValueError("give a checkpoint, or --gt together with --dt")
     folder = os.path.dirname(args.json) or "."
-    if args.json and not os.path.isdir(folder):
-        raise ValueError(f"--json {args.json}: there is no folder {folder}, make it first")
+    if args.json and (not os.path.isdir(folder) or os.path.isdir(args.json)):
+        raise ValueError(f"--json {args.json} should be a file in a folder that is there")
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, (args.gt, args.dt)):
+        raise ValueError(f"--json {args.json} would be written over what is read")
+    if args.gt and (args.data or args.val_json or args.save_json or args.model):
+        raise ValueError("--data, --val_json, --save_json and --model are for a checkpoint, not "
+                         "for --gt and --dt")
+    if not args.gt and (args.strict, args.iou_type, tuple(args.max_dets)) != (
+            False, "bbox", MAX_DETS):
+        raise ValueError("--strict, --iou_type and --max_dets are for --gt and --dt")
     if args.gt:
         result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets,
                            strict=args.strict)

@@ -1950,7 +1950,7 @@ FAR = [ann((200 + 9 * i, 150, 60, 50), id=i + 1) for i in range(3)]
 @pytest.mark.parametrize("anns, dets, words", [
     ([], [det(0.9)], "no ground truth"),
     ([ann(iscrowd=1)], [det(0.9)], "every ground truth is a crowd"),
-    ([ann()], [], "no detections"),
+    ([ann()], [], "no detections in these"),
     ([ann()], [det(0.9, category_id=2)], "no category in common: the ground truth has cat"),
     ([ann()], [det(0.9, image_id=2)], "no detection is on an image that has ground truth"),
     (FAR, [det(0.9, (x, y, x + w, y + h)) for x, y, w, h in (a["bbox"] for a in FAR)],
@@ -2002,10 +2002,91 @@ def test_numbers_and_curves_as_json(tmp_path, capsys):
     assert result["per_class"][1] == dict(id=2, name="dog", objects=0, AP=None, AP50=None, AR=None)
     assert np.shape(result["precision"]) == (10, 101, 2, 4, 3) == np.shape(result["scores"])
     assert np.shape(result["recall"]) == (10, 2, 4, 3)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="folder that is there"):
         evaluate.main([*files, "--json", str(tmp_path / "absent" / "out.json")])
     evaluate.main([*files, "--max_dets", "1"])
     assert "AP is at 1 detections" in capsys.readouterr().err
+
+
+def test_negative_numbers_beyond_the_second_record():
+    assert outcome([full()], [det(-s) for s in (3, 2, 1, 5)], "AP") == [1]       # logits as scores
+    assert outcome([full()], [det(0.5), det(np.inf)], "AP") == [1]
+    areas = [full((90 * i, 0, 50, 50), id=i + 1, area=-5) for i in range(4)]     # in no range
+    assert outcome(areas, [det(0.9)], "AP") == [-1]
+    assert outcome([full(id=i + 1, iscrowd=2) for i in range(4)], [det(0.9)], "AP") == [-1]
+    assert outcome([full()], [det(0.9)] * 3 + [det(0.9, (0, 0, -1, 1))], "AP") == "ValueError"
+
+
+def test_a_perfect_box_of_a_little_less_is_within_1():
+    """A threshold of 1 is taken as 1 - 1e-10."""
+    almost = det(0.9, (0, 0, 10, 10 * (1 - 1e-11)))
+    assert outcome([full((0, 0, 10, 10))], [almost], "AP", iou_thrs=[1.0]) == [1]
+
+
+def test_classes_are_judged_at_all_areas_the_most_detections_and_iou_one_half():
+    gt = instances(ann(), ann((100, 100, 200, 200)))
+    gt["categories"] = [dict(id=1), dict(id=2, name="dog")]
+    dets = [det(0.9, (10, 10, 50, 24)), det(0.8, (100, 100, 200, 200))]    # IoU 0.48 and 1
+    result = coco_eval(gt, dets, iou_thrs=[0.4, 0.5])
+    assert result["ap_per_class"]["1"] == pytest.approx((1 + 51 / 101 / 2) / 2)
+    assert result["ap50_per_class"]["1"] == pytest.approx(51 / 101 / 2)
+    assert result["ar_per_class"]["1"] == pytest.approx((1 + 0.5) / 2)
+    ranges = {"small": (0, 100), "all": (0, 1e10)}
+    other = coco_eval(gt, dets, iou_thrs=[0.4, 0.5], area_ranges=ranges)
+    assert other["ap_per_class"] == pytest.approx(result["ap_per_class"], nan_ok=True)
+    assert math.isnan(coco_eval(gt, dets, iou_thrs=[0.75])["ap50_per_class"]["1"])
+
+
+def test_ids_may_be_chosen_by_any_iterable_and_more_than_once():
+    anns, dets = [full(), full(id=2, image_id=2)], [det(0.9)]
+    assert outcome(anns, dets, "AP", image_ids=(i for i in [1])) == [1]
+    assert outcome(anns, dets, "AP", category_ids=[1, 1], image_ids=np.array([2, 1, 2])) == [0.505]
+    hit_and_miss = [det(0.5, BOX, 1, 1), det(0.5, (200, 200, 9, 9), 1, 2)]
+    for order, ap in (([1, 2], 1), ([2, 1], 0.5)):               # equal scores, by class as given
+        assert outcome([full()], hit_and_miss, "AP", category_ids=order, use_cats=False) == [ap]
+    for wrong in (dict(image_ids=5), dict(image_ids=[[1]]), dict(category_ids="1"),
+                  dict(rec_thrs=[0.9, 0.1]), dict(iou_thrs=[[0.5], [0.5, 0.6]]),
+                  dict(area_ranges={"all": (0, None)}), dict(area_ranges={"all": (0, NAN)})):
+        assert outcome(anns, dets, **wrong) == "ValueError", wrong
+
+
+def test_detections_as_the_array_that_pycocotools_takes():
+    rows = np.array([[1, 10, 10, 50, 50, 0.9, 1], [1, 200, 200, 9, 9, 0.95, 1]])
+    assert outcome([full()], rows, "AP", "AR1") == [0.5, 0]
+
+
+@pytest.mark.parametrize("gt, dets, iou_type, words", [
+    ([], instances(), "bbox", "annotations: .* swapped"), (instances(), {}, "bbox", "swapped"),
+    (dict(instances(), annotations=5), [], "bbox", "list of annotations"),
+    (instances(ann()), [dict(image_id=1, category_id=1, segmentation=[], score=1)], "bbox",
+     "--iou_type segm"),
+    (dict(instances(ann()), images=[dict(id=1, height=9, width=9)]), [], "segm", "--iou_type bbox")])
+def test_sides_and_types_that_are_mixed_up(gt, dets, iou_type, words):
+    with pytest.raises(ValueError, match=words):
+        coco_eval(gt, dets, iou_type)
+
+
+def test_filtered_detections_are_none_and_the_file_of_a_fault_is_named(tmp_path, capsys):
+    notes = coco_eval(instances(full(), full(id=2, image_id=2)), [det(0.9)], image_ids=[2])["notes"]
+    assert notes == ["there are no detections in these images and categories: AP is 0"]
+    gt, dt = (str(tmp_path / name) for name in ("gt.json", "dt.json"))
+    (tmp_path / "gt.json").write_text(json.dumps(instances(ann())))
+    (tmp_path / "dt.json").write_text(json.dumps([det("high")]))
+    with pytest.raises(ValueError, match=r"dt.json: detection 0 .* score"):
+        coco_eval(gt, dt)
+    for options, words in ((["--json", gt], "written over"), (["--json", str(tmp_path)], "a file"),
+                           (["--save_json", "x"], "for a checkpoint")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.main(["--gt", gt, "--dt", dt, *options])
+    assert json.loads((tmp_path / "gt.json").read_text()) == instances(ann())
+    with pytest.raises(ValueError, match="for --gt and --dt"):
+        evaluate.main(["ckpt.pt", "--strict"])
+
+
+def test_the_table_has_the_best_class_first():
+    gt = instances(ann(), ann(category_id=2))
+    table = evaluate.class_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
+    assert re.search(r"cat +1.000 +1.000 +1\ndog +0.300 +1.000 +1", table)
 
 
 # -- the evaluator: masks ------------------------------------------------------------------------
@@ -2030,6 +2111,8 @@ def test_masks_by_hand():
     assert mask_edges(dict(size=[3, 2], counts="123"), 3, 2).tolist() == [1, 3]
     assert mask_edges(dict(size=[3, 2], counts=b"06"), 3, 2).tolist() == [0, 6]
     assert mask_edges(dict(size=[3, 2], counts=[6]), 3, 2).tolist() == []
+    edges = mask_edges(dict(size=[5, 3], counts=[1, 1, 5, 4, 4]), 5, 3)     # a run of two columns
+    assert evaluate.mask_box(edges, 5) == [0, 0, 3, 5]
 
 
 def test_mask_overlap_equals_that_of_pixels():
@@ -2054,7 +2137,7 @@ def test_mask_overlap_equals_that_of_pixels():
 @pytest.mark.parametrize("segmentation, words", [
     (None, "neither"), ([], "empty list"), ([[]], "three points"), ([[1, 1, 2, 2]], "three points"),
     ([[1, 1, 2, 2, 3, 3, 4]], "three points"), ([[1, 1, 5, 1, 5, NAN]], "beyond"),
-    ([[0, 0, 1e9, 0, 0, 1e9]], "beyond"), ([["a"] * 6], "three points"),
+    ([[0, 0, 1e9, 0, 0, 1e9]], "beyond"), ([[-9e5, 0, 9e5, 0, 9, 9] * 2], "800,000"), ([["a"] * 6], "three points"),
     (dict(size=[9, 9], counts=[81]), r"size \[9, 9\]"), (dict(size=[7, 8]), "neither"),
     (dict(size=[7, 8], counts=[10, 20]), "no runs of 7 x 8"),
     (dict(size=[7, 8], counts=[60, -4]), "no runs"), (dict(size=[7, 8], counts=[]), "no runs"),
