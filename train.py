@@ -208,8 +208,8 @@ def make_configs(given):
     wrong = [f"--{name}" for name in asked if name not in known]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: no option of {cfg.model}, a "
-                         f"{'classifier' if classifier else 'detector'}; in place of --mixer, "
-                         f"--backbone_weights a classifier has --mixers, --finetune")
+                         + ("classifier, which has --mixers for --mixer, and --finetune for "
+                            "--backbone_weights" if classifier else "detector, which has --mixer"))
     model_cfg = MODELS[cfg.model]
     if not classifier and cfg.backbone_weights == "none" and not cfg.finetune:
         model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
