@@ -419,14 +419,17 @@ def draw_batch(images, valid, targets, classes):
 
 def draw_predictions(rows, dataset, threshold=0.7):
     """The first images of a data set with the detections (D, 7) that score over the threshold, or
-    with what a classifier takes images of all classes for (D, 5)."""
+    with what a classifier takes images of all classes for (D, 5), and what they are if it errs."""
     items, detector, n = [], rows.shape[1] == 7, len(dataset)
     for i in range(min(16, n)) if detector else sorted({k * n // 16 for k in range(16)}):
         image = dataset.read(i)
         r = rows[(rows[:, 0] == i) & (rows[:, 2] > (threshold if detector else 0))].numpy()
         boxes = (np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1) if detector else
                  np.array([[0, 0, *image.size]]))
-        items.append((image, boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
+        names = [dataset.classes[int(k)] for k in r[:, 1]]
+        if not detector and r[0, 1] != r[0, 3]:
+            names = [f"{names[0]} (is {dataset.classes[int(r[0, 3])]})"]
+        items.append((image, boxes, names, r[:, 2]))
     return contact_sheet(items)
 
 
@@ -610,6 +613,9 @@ def banner(cfg, model, train, val, loader, world, where):
     if scratch and steps * cfg.epochs < 100_000:
         lines.append(f"note     {steps * cfg.epochs} steps; a DETR from scratch needs some "
                      f"300,000: think of --finetune with official weights")
+    if cfg.kind == "folder" and steps * cfg.epochs < 10_000 and cfg.lr < 5e-4 and not cfg.finetune:
+        lines.append(f"note     {steps * cfg.epochs} steps; PoolFormer's --lr and --warmup_epochs "
+                     f"are for 375,000: think of --lr 1e-3 --warmup_epochs 1, or --finetune")
     return "\n".join(lines)
 
 
