@@ -82,17 +82,22 @@ def gather_rows(rows):
 @torch.inference_mode()
 def classify(model, loader, device, dtype=torch.float32):
     """What a classifier takes the images of this process for: float64 (n, 5) of image index, class,
-    probability, true class, and how many classes stand before the true one."""
+    probability, true class, and how many classes stand before the true one. Of equal ones the
+    first stands first. Raises ValueError if a logit is not finite."""
     model.eval()
     rows = [torch.zeros(0, 5, dtype=torch.float64)]
     for images, valid, targets in loader:
         labels = torch.cat([t["labels"] for t in targets])
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             logits = model(*to_device(images, valid, device)).float().cpu()
+        index = torch.tensor([t["index"] for t in targets])
+        bad = index[~logits.isfinite().all(1)].tolist()
+        if bad:
+            raise ValueError(f"the logits of the image(s) {loader.dataset.image_ids[bad].tolist()} "
+                             f"are not finite")
         order = logits.argsort(dim=1, descending=True, stable=True)                 # (B, K)
         place = (order == labels[:, None]).int().argmax(1)
         best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
-        index = torch.tensor([t["index"] for t in targets])
         rows.append(torch.stack([index, order[:, 0], best.double(), labels, place], 1))
     return torch.cat(rows)
 
@@ -897,6 +902,9 @@ def official_config(state, dilation, nheads):
 
 def find_images(args, info, cfg):
     """The images a classifier is evaluated on: those of the command line, else the checkpoint's."""
+    if args.val_json or args.val_images or args.max_size:
+        raise ValueError("--val_json, --val_images and --max_size are for detectors, the "
+                         "checkpoint holds a classifier: give --data DIR, --image_size")
     train, data = info["train"], args.data or info["train"].get("data")
     size = args.image_size or train.get("image_size", 224)
     split = "train" if train.get("overfit") and not args.data else "val"
@@ -969,9 +977,10 @@ def result_json(result):
     "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
     """
     if "accuracy" in result:
-        return {"top1": result["stats"][0], "top5": result["stats"][1], "per_class": [
-            {"name": name, "images": n, "top1": x if n else None} for name, n, x in zip(
-                result["classes"], result["images"].tolist(), result["accuracy"].tolist())]}
+        rows = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
+        return {**dict(zip(("top1", "top5", "mean_over_classes"), result["stats"].tolist())),
+                "per_class": [{"name": name, "images": n, "top1": accuracy if n else None}
+                              for name, n, accuracy in rows]}
     stats = {}
     for (array, iou, area, cut), value in zip(
             summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):

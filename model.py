@@ -1171,8 +1171,9 @@ def load_weights(model, source, strict=True):
     that names all tensors that do not fit. strict=False, for fine-tuning, lets two things differ
     and leaves them as initialised: the class head, and the mixers.
     """
-    state = source if isinstance(source, dict) else read_checkpoint(source)
-    name = "the state dict" if isinstance(source, dict) else str(source)
+    from_file = isinstance(source, (str, os.PathLike))
+    state = read_checkpoint(source) if from_file else source
+    name = str(source) if from_file else "the state dict"
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(
             isinstance(v, torch.Tensor) for v in state.values()):

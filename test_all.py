@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,7 +48,7 @@ from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, col
                   plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized,
                   ShapesClassification, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
-from losses import classification_loss, LossConfig, loss_counts, set_loss
+from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
 from matcher import match
 from model import (AttentionMixer, build_model, counts, Decoder, Encoder, GroupNorm,
                    LearnedPosition, load_backbone, load_weights, MetaFormerConfig, METAFORMERS,
@@ -2174,6 +2175,10 @@ TINY = """--model detr_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --en
     --schedule step --lr_drop 1 --warmup_steps 2 --lr 1e-3 --lr_backbone 1e-4 --weight_decay 1e-4
     --clip_max_norm 0.1 --eval_every 1 --log_every 1 --num_workers 0 --device cpu --dtype float32
     --seed 1""".split()
+CLASSIFIER = """--model metaformer_tiny --depths 1,1,1,1 --widths 8,8,8,8 --image_size 32
+    --train_shapes 24 --val_shapes 12 --augment --batch_size 8 --eval_batch_size 4 --epochs 2
+    --warmup_steps 2 --mixup 0.8 --cutmix 1 --smoothing 0.1 --log_every 1 --num_workers 0
+    --device cpu --dtype float32 --seed 1""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -2262,10 +2267,10 @@ def parts_of(batch, *slices):
     return [tuple(x[s] for x in batch) for s in slices]
 
 
-def gradients(model, parts, counts, wrapped=None):
+def gradients(model, parts, counts, wrapped=None, loss_cfg=LossConfig()):
     """What train_step hands to the optimizer; without clipping."""
     recorder, cfg = Recorder(model), train.TrainConfig(clip_max_norm=0.0)
-    train.train_step(wrapped or model, recorder, parts, counts, (model.cfg, LossConfig(), cfg), 0,
+    train.train_step(wrapped or model, recorder, parts, counts, (model.cfg, loss_cfg, cfg), 0,
                      "cpu", torch.float32)
     return recorder.grads
 
@@ -2296,6 +2301,29 @@ def evaluated(rank=0, world=1):
     return result["rows"], torch.tensor(result["stats"])
 
 
+CLASSIFIERS = [("pool", "group"), ("attention", "layer")]           # mixers, norm
+
+
+def tiny_classifier(mixers, norm="group"):
+    torch.manual_seed(0)
+    return build_model("metaformer_tiny", depths="1,1,1,1", widths="32,32,32,32", mixers=mixers,
+                       norm=norm, num_classes=6)
+
+
+def eight_shapes():
+    dataset = ShapesClassification("train", 8, 32)
+    return collate([dataset[i] for i in range(8)])
+
+
+def classified(rank=0, world=1):
+    """What an untrained classifier takes 7 images for, and its accuracies."""
+    dataset = ShapesClassification("val", 7, 32)
+    loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 2, rank, world),
+                        collate_fn=collate)
+    result = evaluate.evaluate(tiny_classifier("pool"), loader, "cpu")
+    return result["rows"], torch.tensor(result["stats"])
+
+
 FROZEN = [*TINY, "--backbone_norm", "frozen", "--dropout", "0"]  # equal for any split of a batch
 
 
@@ -2306,7 +2334,13 @@ def rank_job(rank, world, ports, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0])
     assert train.start_processes("cpu") == (rank, world, "cpu")
-    saved = {"evaluated": evaluated(rank, world)}
+    saved = {"evaluated": evaluated(rank, world), "classified": classified(rank, world)}
+    for mixers, norm in CLASSIFIERS if world == 2 else ():
+        model, half = tiny_classifier(mixers, norm), slice(4 * rank, 4 * rank + 4)
+        parts = parts_of(eight_shapes(), half)
+        counts = train.sum_over_processes(loss_counts(parts[0][2], 1)) / world
+        saved[mixers] = gradients(model, parts, counts, DistributedDataParallel(model),
+                                  ClassLossConfig())
     for mixer in MIXERS if world == 2 else ():
         for empty in (False, True):
             model = mixer_model(mixer)
@@ -2319,6 +2353,8 @@ def rank_job(rank, world, ports, folder):
     if world == 2:
         os.environ["MASTER_PORT"] = ports[1]
         saved["code"] = run(*FROZEN, "--output_dir", "whole")
+        os.environ["MASTER_PORT"] = ports[5]
+        saved["class_code"] = run(*CLASSIFIER, "--output_dir", "classes")
     torch.save(saved, f"{world}_{rank}.pt")
     original = train.train_step
     for step in (1, 2, 3) if world == 2 else ():                  # of 3 steps per epoch
@@ -2342,7 +2378,7 @@ def ranks(tmp_path_factory):
     """What rank_job saved, by (world, rank), and the folder. A job that hangs is ended."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 3):
-        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
         ports = [str(s.getsockname()[1]) for s in free]
         [s.close() for s in free]
         job = mp.spawn(rank_job, (world, ports, str(folder)), nprocs=world, join=False)
@@ -2411,7 +2447,8 @@ def assert_same_run(a, b):
     one, two = lines(a / "log.txt"), lines(b / "log.txt")
     assert [r["epoch"] for r in one] == [r["epoch"] for r in two] == [0, 1]
     for r, s in zip(one, two):
-        assert r["test_coco_eval_bbox"] == s["test_coco_eval_bbox"]
+        for key in r.keys() & {"test_coco_eval_bbox", "test_acc1", "test_acc5"}:
+            assert r[key] == s[key]
         assert math.isclose(r["train_loss"], s["train_loss"], rel_tol=1e-9)
 
 
@@ -2798,6 +2835,321 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone(tmp_path, ca
     assert "b.jpg" in bad["error"] and Image.open(tmp_path / good["drawn"]).size == (40, 30)
     scores = [d["score"] for d in good["detections"]]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+# -- classifiers ---------------------------------------------------------------------------------
+
+def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*CLASSIFIER, "--output_dir", out) == 0
+    for name in ("first_batch.jpg", "predictions.jpg"):
+        Image.open(out / name).load()
+    log, states = lines(out / "log.txt"), [checkpoint(out / n) for n in ("ckpt.pt", "best.pt")]
+    assert [r["epoch"] for r in log] == [0, 1] and states[0]["epoch"] == 2
+    assert 100 * states[0]["best_ap"] == pytest.approx(max(r["test_acc1"] for r in log))
+    dataset = ShapesClassification("val", 12, 32)
+    for state in states:
+        model = build_model(MetaFormerConfig(**state["model_config"])).eval()
+        model.load_state_dict(state["model"])
+        with torch.no_grad():
+            best = [model(dataset[i][0][None])[0].topk(5).indices.tolist() for i in range(12)]
+        expected = [100 * sum(i % 6 in five[:k] for i, five in enumerate(best)) / 12
+                    for k in (1, 5)]
+        record = log[state["epoch"] - 1]
+        assert [record["test_acc1"], record["test_acc5"]] == pytest.approx(expected)
+    evaluate.main([str(out / "ckpt.pt"), "--json", "numbers.json", "--num_workers", "0"])
+    numbers = json.load(open("numbers.json"))
+    assert 100 * numbers["top1"] == log[-1]["test_acc1"]
+    assert 100 * numbers["top5"] == log[-1]["test_acc5"]
+    assert f"top-1 {numbers['top1']:.4f}" in capsys.readouterr().out
+    assert [row["images"] for row in numbers["per_class"]] == 6 * [2]
+    with pytest.raises(ValueError, match="holds a classifier, which detects nothing"):
+        predict.main([str(out / "ckpt.pt"), str(out / "first_batch.jpg")])
+    for wrong in ("--save_json x", "--val_json x --val_images y", "--max_size 64"):
+        with pytest.raises(ValueError, match=f"{wrong.split()[0]}.*classifier"):
+            evaluate.main([str(out / "ckpt.pt"), *wrong.split()])
+
+
+def test_a_classifier_goes_on_bit_for_bit_from_any_step(tmp_path, monkeypatch):
+    options = *CLASSIFIER, "--drop_path", 0.5
+    assert run(*options, "--output_dir", tmp_path / "a") == 0
+    for step in (1, 4):                                           # 3 steps per epoch
+        out = tmp_path / f"b{step}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", stop_in(step))
+            assert run(*options, "--output_dir", out) == 130
+        assert checkpoint(out / "ckpt.pt")["step"] in (1, 2)
+        assert run(*options, "--output_dir", out) == 0
+        assert_same_run(tmp_path / "a", out)
+
+
+@pytest.mark.parametrize("mixers, norm", CLASSIFIERS)
+def test_parts_and_ranks_give_the_mixed_gradients_of_the_whole_batch(ranks, mixers, norm):
+    images, _, targets = eight_shapes()
+    labels = torch.cat([t["labels"] for t in targets])
+    images, mixed = mix(images, labels, 6, random.Random("42 0"), 0.8, 1.0)
+    model = tiny_classifier(mixers, norm)
+    logs = F.log_softmax(model(images), 1)
+    (-(0.9 * mixed + 0.1 / 6) * logs).sum(1).mean().backward()    # smoothed by 0.1
+    expected = {k: p.grad for k, p in model.named_parameters()}
+    assert not torch.equal(images, eight_shapes()[0])
+    for rank in (0, 1):
+        assert_close_gradients(ranks[0][2, rank][mixers], expected)
+    parts = parts_of(eight_shapes(), slice(0, 2), slice(2, 6), slice(6, 8))
+    counts = sum(loss_counts(targets, 1) for *_, targets in parts)
+    got = gradients(tiny_classifier(mixers, norm), parts, counts, loss_cfg=ClassLossConfig())
+    assert_close_gradients(got, expected)
+
+
+def test_two_ranks_train_a_classifier_as_one_does(ranks, tmp_path):
+    assert run(*CLASSIFIER, "--accumulate", 2, "--output_dir", tmp_path) == 0
+    assert [ranks[0][2, rank]["class_code"] for rank in (0, 1)] == [0, 0]
+    one, two = lines(tmp_path / "log.txt"), lines(ranks[1] / "classes/log.txt")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-3)
+    one, two = (checkpoint(folder / "ckpt.pt")["model"]
+                for folder in (tmp_path, ranks[1] / "classes"))
+    assert_close(one, two, rtol=1e-2, atol=2e-4)                  # of steps up to 2e-3
+
+
+def test_accuracy_is_the_same_at_1_2_and_3_ranks(ranks):
+    rows, stats = classified()
+    assert rows.shape == (7, 5) and rows[:, 0].tolist() == list(range(7))
+    assert rows[:, 3].tolist() == [i % 6 for i in range(7)]
+    for saved in ranks[0].values():
+        assert torch.equal(saved["classified"][0], rows)
+        assert torch.equal(saved["classified"][1], stats)
+
+
+class Table(list):
+    """A data set whose images hold their number, and a model that looks their logits up."""
+
+    def __init__(self, labels, logits):
+        super().__init__((torch.full((3, 1, 1), i, dtype=torch.uint8),
+                          {"labels": torch.tensor([k]), "index": i}) for i, k in enumerate(labels))
+        self.logits, self.classes = torch.tensor(logits), list("abcdefg")
+        self.image_ids = np.array([10 * i for i in range(len(labels))])
+
+    def classify(self):
+        loader = DataLoader(self, batch_size=4, collate_fn=collate)
+        model = type("Model", (), dict(eval=lambda _: None, __call__=lambda _, images, valid:
+                                       self.logits[images[:, 0, 0, 0].long()]))()
+        return evaluate.classify(model, loader, "cpu")
+
+
+def test_top_1_top_5_and_accuracy_of_classes_by_hand():
+    even = 7 * [0.0]
+    table = Table([0, 1, 1, 2, 0, 6], [
+        [9.0, 1, 2, 3, 4, 5, 6],                                  # first
+        [7.0, 3, 6, 5, 4, 2, 1],                                  # fifth
+        [7.0, 2, 6, 5, 4, 3, 1],                                  # sixth
+        even, even, even])                                        # the classes stand in order
+    rows = table.classify()
+    assert rows[:, 1].tolist() == 6 * [0] and rows[:, 4].tolist() == [0, 4, 5, 2, 0, 6]
+    assert rows[3:, 2].tolist() == pytest.approx(3 * [1 / 7])
+    result = evaluate.class_accuracy(rows, table)
+    assert result["stats"].tolist() == pytest.approx([2 / 6, 4 / 6, 1 / 4])
+    assert result["images"].tolist() == [2, 2, 1, 0, 0, 0, 1]
+    np.testing.assert_array_equal(result["accuracy"], [1, 0, 0, *3 * [np.nan], 0])
+    assert "d          -        0" in evaluate.accuracy_table(result)
+    assert evaluate.result_json(result)["per_class"][3] == dict(name="d", images=0, top1=None)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"image\(s\) \[10\] are not finite"):
+            Table([0, 0], [even, 6 * [0.0] + [bad]]).classify()
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12_ppaa", "caformer_s18", "vit_ti"])
+def test_only_weights_of_two_or_more_dimensions_decay(name):
+    model = build_model(name, num_classes=3)
+    cfg = train.TrainConfig(model=name, lr=1e-3, weight_decay=0.05)
+    decayed, rest = train.build_optimizer(model, cfg).param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0)
+    assert decayed["lr"] == rest["lr"] == 1e-3
+    assert {p.dim() for p in rest["params"]} == {1} and min(p.dim() for p in decayed["params"]) == 2
+    assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
+
+
+def test_class_folders_are_trained_on_by_the_papers_recipe():
+    given = dict(model="poolformer_s12", data="x")
+    _, loss_cfg, cfg = train.make_configs(given)
+    assert asdict(loss_cfg) == dict(smoothing=0.1, mixup=0.8, cutmix=1.0)
+    recipe = dict(lr=1e-3, batch_size=1024, epochs=300, warmup_epochs=5, min_lr=1e-5,
+                  weight_decay=0.05, clip_max_norm=0.0, image_size=224, augment=True)
+    assert {name: getattr(cfg, name) for name in recipe} == recipe
+    assert train.make_configs({**given, "batch_size": 4096})[2].lr == 4e-3
+    assert train.make_configs({**given, "batch_size": 64, "lr": 0.5})[2].lr == 0.5
+    by_hand = {0: 1e-3 / 50, 24: 0.5 * (1e-5 + 0.99e-3 * 0.99984), 750: 1e-5 + 0.99e-3 * 0.85355,
+               1500: 1e-5 + 0.99e-3 / 2, 3000: 1e-5}
+    for step, rate in by_hand.items():                            # of 10 per epoch
+        assert 1e-3 * train.lr_factor(cfg, step, 10) == pytest.approx(rate, rel=1e-4), step
+    model_cfg, loss_cfg, cfg = train.make_configs({**given, "overfit": 8})
+    assert (cfg.lr, cfg.warmup_epochs, cfg.augment) == (1e-3, 0, False)
+    assert model_cfg.drop_path == 0 and set(asdict(loss_cfg).values()) == {0}
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--model poolformer_s12 --num_queries 5", ["--num_queries", "poolformer_s12, a classifier"]),
+    ("--model poolformer_s12 --mixer pool", ["--mixer:", "--mixers"]),
+    ("--model poolformer_s12 --backbone_weights imagenet", ["--backbone_weights:", "--finetune"]),
+    ("--model poolformer_s12 --set_cost_bbox 1 --lr_backbone 0",
+     ["--set_cost_bbox, --lr_backbone"]),
+    ("--mixers pool", ["--mixers:", "detr_tiny, a detector", "--mixer"]),
+    ("--model detr_r50 --mixup 0.5", ["--mixup:", "a detector"]),
+    ("--model vit_ti --train_json a --train_images b --val_json c --val_images d",
+     ["vit_ti is a classifier", "DIR/train/<class>"]),
+    ("--model vit_ti --smoothing 1", ["--smoothing 1"]),
+    ("--model metaformer_tiny --maps 4", ["--maps"]),
+    ("--model metaformer_tiny --depths 1,2", ["--depths 1,2", "4 stage"])])
+def test_options_of_the_wrong_kind_of_model_are_refused(monkeypatch, capsys, options, words):
+    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("it trains"))
+    assert run(*options.split()) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in message for word in words), message
+
+
+def test_mixing_needs_an_even_number_of_images_in_each_part(tmp_path):
+    message = run(*CLASSIFIER, "--batch_size", 6, "--accumulate", 2)
+    assert "--batch_size 6" in message and "--accumulate 2" in message and "--mixup 0" in message
+    assert run(*CLASSIFIER, "--batch_size", 6, "--accumulate", 2, "--epochs", 1, "--mixup", 0,
+               "--cutmix", 0) == 0
+
+
+COLOURS = {"red": (200, 40, 30), "green": (30, 180, 40), "blue": (20, 50, 210)}
+
+
+def colour_folders(root, colours=COLOURS, train_images=8, val_images=3):
+    """A folder of class folders of noisy images, 40 x 30 pixels, each class of one colour."""
+    for split, n in (("train", train_images), ("val", val_images)):
+        for name, colour in colours.items():
+            (root / split / name).mkdir(parents=True)
+            for k in range(n):
+                noise = rng(f"{split} {name} {k}").integers(-20, 20, (30, 40, 3))
+                pixels = np.uint8(np.array(colour) + noise)
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
+
+
+def folder_run(root, out, *options):
+    return run(*CLASSIFIER, "--data", root, "--output_dir", out, "--lr", 0.02, *options)
+
+
+def test_class_folders_train_and_evaluate(tmp_path, capsys):
+    data, out = colour_folders(tmp_path / "data"), tmp_path / "out"
+    assert folder_run(data, out, "--epochs", 6) == 0
+    assert f"class folders, {data}" in capsys.readouterr().out
+    assert lines(out / "log.txt")[-1]["test_acc1"] == 100         # colours are easily told apart
+    state = checkpoint(out / "ckpt.pt")
+    assert state["classes"] == ["blue", "green", "red"]
+    evaluate.main([str(out / "ckpt.pt"), "--num_workers", "0"])
+    assert "9 images, 3 classes" in capsys.readouterr().out
+    # the same weights where every green picture lies in the folder of the red ones
+    swapped = colour_folders(tmp_path / "x", {**COLOURS, "red": COLOURS["green"]})
+    evaluate.main([str(out / "ckpt.pt"), "--data", str(swapped), "--json", "x.json",
+                   "--num_workers", "0"])
+    rows = json.load(open("x.json"))["per_class"]
+    assert {row["name"]: row["top1"] for row in rows} == dict(blue=1, green=1, red=0)
+
+
+def test_overfit_on_class_folders_learns_the_images_by_heart(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "OVERFIT_REPEATS", 10)
+    noise = {name: (128, 128, 128) for name in "abc"}             # nothing to learn but by heart
+    data = colour_folders(tmp_path / "data", noise)
+    options = f"""--model metaformer_tiny --data {data} --image_size 32 --overfit 6 --epochs 8
+        --batch_size 6 --num_workers 0 --device cpu --output_dir out""".split()
+    assert run(*options) == 0
+    assert lines("out/log.txt")[-1]["test_acc1"] == 100
+    evaluate.main(["out/ckpt.pt", "--num_workers", "0", "--json", "x.json"])
+    numbers = json.load(open("x.json"))
+    assert numbers["top1"] == 1 and [r["images"] for r in numbers["per_class"]] == [2, 2, 2]
+
+
+def test_what_is_no_classification_data_set_is_an_error(tmp_path):
+    for name in ("flat", "one", "other"):
+        colour_folders(tmp_path / name, {"red": (9, 9, 9)} if name == "one" else COLOURS, 3, 1)
+    for colour in COLOURS:
+        os.rename(tmp_path / f"flat/train/{colour}/0.png", tmp_path / f"flat/train/{colour}.png")
+        shutil.rmtree(tmp_path / f"flat/train/{colour}")
+    os.rename(tmp_path / "other/val/red", tmp_path / "other/val/yellow")
+    for name, words in (("flat", ["flat/train has no class folders", "<class>"]),
+                        ("one", ["one class folder only, red"]), ("gone", ["train not found"]),
+                        ("other", ["1 missing ['red']", "1 unknown ['yellow']"])):
+        message = folder_run(tmp_path / name, "out")
+        assert message.startswith("error") and all(word in message for word in words), message
+    assert "poolformer_s12" in run(*TINY, "--data", tmp_path / "one")
+    message = folder_run(colour_folders(tmp_path / "few", train_images=2), "out")
+    assert "6 images, fewer than --batch_size 8" in message
+
+
+def test_other_classes_get_a_new_head_when_asked_and_an_error_otherwise(tmp_path, capsys):
+    folder_run(colour_folders(tmp_path / "a"), "a", "--epochs", 1, "--mixers", "mlp")
+    more = colour_folders(tmp_path / "more", {**COLOURS, "grey": (99, 99, 99)}, train_images=2)
+    renamed = colour_folders(tmp_path / "renamed", dict(zip("xyz", COLOURS.values())), 3, 1)
+    weights = checkpoint("a/ckpt.pt")["model"]
+    capsys.readouterr()
+    for k, data in enumerate((more, renamed)):
+        with pytest.raises(ValueError, match="other classes than .*checkpoint"):
+            evaluate.main(["a/ckpt.pt", "--data", str(data), "--num_workers", "0"])
+        assert folder_run(data, f"b{k}", "--mixers", "mlp", "--finetune", "a/ckpt.pt",
+                          "--lr", 1e-9, "--epochs", 1) == 0
+        report = capsys.readouterr().out
+        assert "head.weight" in report and "newly initialised" in report
+        assert "stages" not in report
+        new = checkpoint(f"b{k}/ckpt.pt")["model"]
+        assert new["head.weight"].shape == (4 - k, 8)
+        for name in weights.keys() - {"head.weight", "head.bias"}:
+            assert_close(new[name], weights[name], atol=1e-6, rtol=0)
+    message = folder_run(renamed, "a", "--resume", "a/ckpt.pt", "--mixers", "mlp", "--epochs", 2)
+    assert "['blue', 'green', 'red']" in message and "--finetune" in message
+    message = folder_run(more, "c", "--resume", "a/ckpt.pt", "--epochs", 2)
+    assert "--num_classes 3 -> 4" in message and "--finetune" in message
+    with pytest.raises(ValueError, match="64 x 64 pixels give stage 1 16 x 16 .* at most 32"):
+        evaluate.main(["a/ckpt.pt", "--image_size", "64", "--num_workers", "0"])
+
+
+def test_an_official_classifiers_file_is_evaluated_by_name(tmp_path, monkeypatch, capsys):
+    cfg = MetaFormerConfig(depths="1,1,1,1", widths="8,8,8,8", num_classes=3, image_size=32)
+    for models in (METAFORMERS, model_py.MODELS):
+        monkeypatch.setitem(models, "poolformer_mini", cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    state = {theirs: model.state_dict()[ours].reshape(shape)
+             for theirs, (ours, shape) in official_tensors(model).items()}
+    assert "network.2.0.mlp.fc1.weight" in state
+    torch.save(state, "official.pth.tar")
+    data = colour_folders(tmp_path / "data")
+    options = ["official.pth.tar", "--image_size", "32", "--num_workers", "0"]
+    evaluate.main([*options, "--model", "poolformer_mini", "--data", str(data)])
+    dataset = ImageFolder(data, "val", 32)
+    with torch.no_grad():
+        guess = [model(dataset[i][0][None]).argmax().item() for i in range(9)]
+    top1 = sum(k == i // 3 for i, k in enumerate(guess)) / 9
+    assert f"top-1 {top1:.4f}" in capsys.readouterr().out
+    for more, words in (([], "--model NAME"), (["--model", "poolformer_mini"], "give --data DIR"),
+                        (["--model", "detr_r50"], "detr_r50 is no classifier: .*poolformer_s12"),
+                        (["--model", "poolformer_s12"], "tensor.s. differ")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.main([*options, *more])
+    few = colour_folders(tmp_path / "few", dict(zip("xy", COLOURS.values())))
+    with pytest.raises(ValueError, match="2 class folders, the model 3 classes"):
+        evaluate.main([*options, "--model", "poolformer_mini", "--data", str(few)])
+    torch.save([1], "list.pt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        evaluate.main(["list.pt", "--model", "poolformer_mini"])
+
+
+def test_a_trained_classifier_becomes_the_backbone_of_a_detr(tmp_path, capsys):
+    assert run("--model", "metaformer_tiny", *CLASSIFIER[6:], "--epochs", 1,
+               "--output_dir", "c") == 0
+    capsys.readouterr()
+    assert run(*TINY, "--backbone", "metaformer_tiny", "--backbone_weights", "c/ckpt.pt",
+               "--lr_backbone", 0, "--epochs", 1, "--output_dir", "d") == 0
+    report = capsys.readouterr().out
+    assert "backbone weights c/ckpt.pt" in report and "head.weight (6, 160): not in the" in report
+    classifier, detr = (checkpoint(f"{name}/ckpt.pt")["model"] for name in "cd")
+    body = {k[len("backbone.0.body."):]: v for k, v in detr.items() if k.startswith("backbone.0")}
+    same = [k for k in body if k in classifier and torch.equal(body[k], classifier[k])]
+    assert {k.split(".")[0] for k in body.keys() - set(same)} <= {"norm6"} and len(same) > 40
 
 
 def test_multiply_adds_count_the_attention():

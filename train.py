@@ -60,7 +60,7 @@ class TrainConfig:
     epochs: Annotated[int, "passes over the training images"] = 300
     batch_size: Annotated[int, "images per optimizer step, over all processes"] = 16
     accumulate: Annotated[int, "parts in which each process does its share of a step"] = 1
-    lr: Annotated[float, "learning rate"] = 1e-4
+    lr: Annotated[float, "learning rate; class folders: 1e-3 * batch_size / 1024"] = 1e-4
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it"] = 1e-5
     weight_decay: Annotated[float, "of AdamW"] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0 for no clipping"] = 0.1
@@ -138,9 +138,12 @@ PRESETS = {
         image_size=64, augment=False, val_shapes=600, epochs=14, batch_size=32, lr=2e-3,
         weight_decay=0.05, clip_max_norm=1.0, schedule="cosine", warmup_steps=200, smoothing=0.0,
         mixup=0.0, cutmix=0.0, backbone_weights="none", group_by_shape=False, eval_batch_size=64),
-    "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10),
+    "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10, warmup_epochs=0,
+                    smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0),
 }
 OVERFIT_REPEATS = 100                              # passes over the N images in its epochs
+# options of TrainConfig that mean nothing to a classifier
+OF_DETECTORS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
 
 
 # -- options -------------------------------------------------------------------------------------
@@ -158,8 +161,9 @@ def read_options(argv, *configs):
         group = parser.add_argument_group(config.__name__)
         hints = get_type_hints(config, include_extras=True)
         for field in fields(config):
-            if field.name == "num_classes" or f"--{field.name}" in parser._option_string_actions:
-                continue                           # the data set says it; or an earlier config has
+            if (field.name in ("num_classes", "maps")                # the data, a detector says it
+                    or f"--{field.name}" in parser._option_string_actions):
+                continue                           # an earlier config has it
             type_, help_ = get_args(hints[field.name])
             defaults = [f"default {field.default!r}"]
             defaults += [f"{kind}: {preset[field.name]}" for kind, preset in PRESETS.items()
@@ -192,17 +196,20 @@ def make_configs(given):
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
     if kind == "folder":
-        options.setdefault("lr", 1e-3 * options["batch_size"] / 1024)
+        share = 1 if given.get("overfit") else options["batch_size"] / 1024
+        options.setdefault("lr", 1e-3 * share)
 
     def pick(config):
         return {f.name: options[f.name] for f in fields(config) if f.name in options}
     cfg = TrainConfig(**pick(TrainConfig))
     parts = (MetaFormerConfig, ClassLossConfig) if classifier else (ModelConfig, LossConfig)
     known = {f.name for config in (TrainConfig, *parts) for f in fields(config)}
+    known -= OF_DETECTORS if classifier else set()
     wrong = [f"--{name}" for name in asked if name not in known]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: no option of {cfg.model}, a "
-                         f"{'classifier (mixers: --mixers)' if classifier else 'detector'}")
+                         + ("classifier, which has --mixers for --mixer, and --finetune for "
+                            "--backbone_weights" if classifier else "detector, which has --mixer"))
     model_cfg = MODELS[cfg.model]
     if not classifier and cfg.backbone_weights == "none" and not cfg.finetune:
         model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
@@ -261,8 +268,9 @@ def data_paths(cfg, split):
         raise FileNotFoundError(
             f"--data {cfg.data} should hold annotations/instances_train2017.json and "
             f"instances_val2017.json, train2017/ and val2017/; for another layout give "
-            f"--train_json, --train_images, --val_json and --val_images; no COCO at hand? leave "
-            f"--data out for the built-in shapes")
+            f"--train_json, --train_images, --val_json and --val_images; for class folders give "
+            f"a classifier, as --model poolformer_s12; no COCO at hand? leave --data out for the "
+            f"built-in shapes")
     return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
             os.path.join(cfg.data, f"{split}2017"))
 
@@ -411,14 +419,17 @@ def draw_batch(images, valid, targets, classes):
 
 def draw_predictions(rows, dataset, threshold=0.7):
     """The first images of a data set with the detections (D, 7) that score over the threshold, or
-    with what a classifier takes each for (D, 5)."""
-    items = []
-    for i in range(min(16, len(dataset))):
-        image, detector = dataset.read(i), rows.shape[1] == 7
+    with what a classifier takes images of all classes for (D, 5), and what they are if it errs."""
+    items, detector, n = [], rows.shape[1] == 7, len(dataset)
+    for i in range(min(16, n)) if detector else sorted({k * n // 16 for k in range(16)}):
+        image = dataset.read(i)
         r = rows[(rows[:, 0] == i) & (rows[:, 2] > (threshold if detector else 0))].numpy()
         boxes = (np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1) if detector else
                  np.array([[0, 0, *image.size]]))
-        items.append((image, boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
+        names = [dataset.classes[int(k)] for k in r[:, 1]]
+        if not detector and r[0, 1] != r[0, 3]:
+            names = [f"{names[0]} (is {dataset.classes[int(r[0, 3])]})"]
+        items.append((image, boxes, names, r[:, 2]))
     return contact_sheet(items)
 
 
@@ -529,6 +540,9 @@ def prepare_model(model_cfg, cfg, state, classes, device, say):
     """The bare model with its first weights, what DDP or compile made of it, and its optimizer."""
     model = build_model(model_cfg)
     if state:
+        if state["classes"] != classes:
+            raise ValueError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
+                             f"the data {classes[:20]}; --finetune starts with another head")
         model.load_state_dict(state["model"])
     elif cfg.finetune:
         source = read_checkpoint(cfg.finetune)
@@ -599,6 +613,9 @@ def banner(cfg, model, train, val, loader, world, where):
     if scratch and steps * cfg.epochs < 100_000:
         lines.append(f"note     {steps * cfg.epochs} steps; a DETR from scratch needs some "
                      f"300,000: think of --finetune with official weights")
+    if cfg.kind == "folder" and steps * cfg.epochs < 10_000 and cfg.lr < 5e-4 and not cfg.finetune:
+        lines.append(f"note     {steps * cfg.epochs} steps; PoolFormer's --lr and --warmup_epochs "
+                     f"are for 375,000: think of --lr 1e-3 --warmup_epochs 1, or --finetune")
     return "\n".join(lines)
 
 
@@ -640,6 +657,11 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                                           device, say)
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
     sampler, dtype = train_loader.batch_sampler, choose_dtype(cfg, device)
+    mixed = isinstance(loss_cfg, ClassLossConfig) and (loss_cfg.mixup or loss_cfg.cutmix)
+    if mixed and cfg.batch_size // sampler.parts % 2:
+        raise ValueError(f"mixup and CutMix mix pairs: --batch_size {cfg.batch_size} over {world} "
+                         f"processes and --accumulate {cfg.accumulate} must give an even number "
+                         f"of images; or give --mixup 0 --cutmix 0")
     steps = sampler.steps
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out = os.path.join(cfg.output_dir, "")
@@ -690,8 +712,9 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             except ValueError as error:
                 ids = [train_set.image_ids[t["index"]] for *_, targets in parts for t in targets]
                 ids = [os.fsdecode(i) if isinstance(i, bytes) else str(i) for i in ids]
+                hint = "a lower --lr may help; " if "finite" in str(error) else ""
                 raise ValueError(f"epoch {epoch}, step {step}, images {ids}: {error}; "
-                                 f"a lower --lr may help; {out}ckpt.pt is as it was") from None
+                                 f"{hint}{out}ckpt.pt is as it was") from None
             losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
             step, done, count = step + 1, done + 1, count + 1
             if count == cfg.log_every or step == steps or stopping:
