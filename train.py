@@ -161,8 +161,9 @@ def read_options(argv, *configs):
         group = parser.add_argument_group(config.__name__)
         hints = get_type_hints(config, include_extras=True)
         for field in fields(config):
-            if (field.name in ("num_classes", "maps")                # the data, a detector says it
-                    or f"--{field.name}" in parser._option_string_actions):
+            if field.name in ("num_classes", "maps"):
+                continue                           # the data set says it; only a detector needs it
+            if f"--{field.name}" in parser._option_string_actions:
                 continue                           # an earlier config has it
             type_, help_ = get_args(hints[field.name])
             defaults = [f"default {field.default!r}"]
@@ -196,8 +197,8 @@ def make_configs(given):
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
     if kind == "folder":
-        share = 1 if given.get("overfit") else options["batch_size"] / 1024
-        options.setdefault("lr", 1e-3 * share)
+        batch = 1024 if given.get("overfit") else options["batch_size"]
+        options.setdefault("lr", 1e-3 * batch / 1024)                # PoolFormer's rule
 
     def pick(config):
         return {f.name: options[f.name] for f in fields(config) if f.name in options}
@@ -419,7 +420,8 @@ def draw_batch(images, valid, targets, classes):
 
 def draw_predictions(rows, dataset, threshold=0.7):
     """The first images of a data set with the detections (D, 7) that score over the threshold, or
-    with what a classifier takes images of all classes for (D, 5), and what they are if it errs."""
+    with what a classifier takes images from all over the set for (D, 5), and what those it gets
+    wrong are."""
     items, detector, n = [], rows.shape[1] == 7, len(dataset)
     for i in range(min(16, n)) if detector else sorted({k * n // 16 for k in range(16)}):
         image = dataset.read(i)
