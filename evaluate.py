@@ -848,6 +848,8 @@ def load_model(path, name="", dilation=False):
     """
     state = read_checkpoint(path)
     if isinstance(state, dict) and "model_config" in state:
+        if name:
+            raise ValueError(f"--model {name} is for official files, {path} says what it holds")
         config = MetaFormerConfig if "depths" in state["model_config"] else ModelConfig
         model = build_model(config(**state["model_config"]))
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
@@ -860,7 +862,8 @@ def load_model(path, name="", dilation=False):
         weights = state.get("model", state) if isinstance(state, dict) else {}
         if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
             raise ValueError(f"{path} holds no detector: give a checkpoint of train.py or an "
-                             f"officially released DETR file; with a classifier's, --model NAME")
+                             f"officially released DETR file (evaluate.py also takes a "
+                             f"classifier's, with --model NAME)")
         args = state.get("args")                                     # of training checkpoints
         dilation |= "dc5" in os.path.basename(path) or getattr(args, "dilation", False)
         model = build_model(official_config(weights, dilation, getattr(args, "nheads", 8)))

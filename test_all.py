@@ -2061,7 +2061,8 @@ def test_detections_as_the_array_that_pycocotools_takes():
     (dict(instances(), annotations=5), [], "bbox", "list of annotations"),
     (instances(ann()), [dict(image_id=1, category_id=1, segmentation=[], score=1)], "bbox",
      "--iou_type segm"),
-    (dict(instances(ann()), images=[dict(id=1, height=9, width=9)]), [], "segm", "--iou_type bbox")])
+    (dict(instances(ann()), images=[dict(id=1, height=9, width=9)]), [], "segm",
+     "--iou_type bbox")])
 def test_sides_and_types_that_are_mixed_up(gt, dets, iou_type, words):
     with pytest.raises(ValueError, match=words):
         coco_eval(gt, dets, iou_type)
@@ -2138,7 +2139,8 @@ def test_mask_overlap_equals_that_of_pixels():
 @pytest.mark.parametrize("segmentation, words", [
     (None, "neither"), ([], "empty list"), ([[]], "three points"), ([[1, 1, 2, 2]], "three points"),
     ([[1, 1, 2, 2, 3, 3, 4]], "three points"), ([[1, 1, 5, 1, 5, NAN]], "beyond"),
-    ([[0, 0, 1e9, 0, 0, 1e9]], "beyond"), ([[-9e5, 0, 9e5, 0, 9, 9] * 2], "800,000"), ([["a"] * 6], "three points"),
+    ([[0, 0, 1e9, 0, 0, 1e9]], "beyond"), ([[-9e5, 0, 9e5, 0, 9, 9] * 2], "800,000"),
+    ([["a"] * 6], "three points"),
     (dict(size=[9, 9], counts=[81]), r"size \[9, 9\]"), (dict(size=[7, 8]), "neither"),
     (dict(size=[7, 8], counts=[10, 20]), "no runs of 7 x 8"),
     (dict(size=[7, 8], counts=[60, -4]), "no runs"), (dict(size=[7, 8], counts=[]), "no runs"),
@@ -3162,7 +3164,7 @@ def test_multiply_adds_count_the_attention():
 
 
 if __name__ == "__main__":                                           # python test_all.py 2000
-    for seed in range(int(sys.argv[1])):
+    for seed in range(int(sys.argv[1]) if sys.argv[1:] else 2000):
         compare_with_pycocotools(seed)
         print(f"{seed + 1} times 4 random cases bit-equal to pycocotools", end="\r")
     print()
