@@ -858,8 +858,11 @@ class ImageFolder(ClassificationDataset):
 
     def _find_images(self, name):
         """Sorted paths of the images of one class, and the number of other files there."""
+        def unreadable(error):
+            raise error
         paths, others = [], 0
-        for place, folders, names in os.walk(os.path.join(self.folder, name)):
+        for place, folders, names in os.walk(os.path.join(self.folder, name), followlinks=True,
+                                             onerror=unreadable):
             folders[:] = [f for f in folders if f[0] != "."]         # the rest is not walked
             images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
             paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]

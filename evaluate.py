@@ -67,7 +67,7 @@ def detect(model, loader, device, dtype=torch.float32):
 
 
 def gather_rows(rows):
-    """The rows (n, 7) of all processes, on each: n is gathered first, the rest padded to it."""
+    """The rows (n, ...) of all processes, on each: n is gathered first, the rest padded to it."""
     if not dist.is_initialized():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]

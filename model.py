@@ -58,7 +58,7 @@ class ModelConfig:
     qkv_bias = out_bias = True              # no annotation, no option: DETR's attention has both
 
     def __post_init__(self):
-        maps = [name for name, cfg in METAFORMERS.items() if cfg.family != "isotropic"]
+        maps = [name for name, cfg in METAFORMERS.items() if cfg.takes_any_size]
         for field, known in (("mixer", MIXERS), ("encoder_mixer", MIXERS),
                              ("decoder_mixer", MIXERS), ("backbone", (*RESNETS, *maps)),
                              ("backbone_norm", NORMS),
@@ -156,10 +156,18 @@ class MetaFormerConfig:
         for field in ("num_classes", "image_size", "pool_size", "token_dim", "head_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
+        if not 0 <= self.layer_scale < math.inf:
+            raise ValueError(f"--layer_scale {self.layer_scale} must be 0 or a positive number")
         if self.positions and "attention" not in self.mixers:
             raise ValueError(f"--positions are for --mixers with attention, not {self.mixers}")
         if not set(self.maps.split(",") if self.maps else ()) <= {str(k + 1) for k in range(n)}:
             raise ValueError(f"--maps {self.maps} must name stages from 1 to {n}, as in 1,{n}")
+
+    @property
+    def takes_any_size(self):
+        """Whether images of all sizes can be its input, as a backbone's must."""
+        fixed = self.positions or {"mlp", "fc", "random"} & set(self.mixers.split(","))
+        return self.family != "isotropic" and not fixed
 
     @property
     def stages(self):
@@ -788,7 +796,9 @@ class MetaFormer(nn.Module):
             x = (x * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
         if self.cfg.family == "baselines":
             x = self.norm(x, None)
-        return self.head(x).float()
+        device = "cpu" if x.is_meta else x.device.type              # meta has no autocast
+        with torch.autocast(device, enabled=False):                 # bfloat16 would tie classes
+            return self.head(x.float())
 
     def features(self, images, valid=None):
         """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
@@ -1023,7 +1033,8 @@ class Backbone(nn.Module):
         if cfg.backbone in RESNETS:
             self.body = ResNet(cfg)
         else:
-            self.body = MetaFormer(replace(METAFORMERS[cfg.backbone], maps=str(cfg.backbone_stage)))
+            self.body = MetaFormer(replace(METAFORMERS[cfg.backbone], maps=str(cfg.backbone_stage),
+                                           drop_path=0.0))
 
     def forward(self, x, valid):
         """Images (B, 3, IH, IW) and valid (B, IH, IW), or None, to those of the last map."""
@@ -1161,6 +1172,22 @@ def our_names(state):
     return renamed
 
 
+def check_same_blocks(name, config, cfg, strict):
+    """Raises ValueError where a MetaFormer checkpoint's config, a dict, differs from cfg in what
+    its tensors do not show. Not strict: the mixers may differ."""
+    if "depths" not in config:
+        return
+    def looks(c):
+        look = {f: getattr(c, f) for f in ("family", "norm", "activation", "residual", "head_size")}
+        mixers = ",".join(mixer for *_, mixer in c.stages)
+        return {**look, "mixers": mixers, "pool_size": c.pool_size} if strict else look
+    theirs, ours = looks(MetaFormerConfig(**config)), looks(cfg)
+    differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
+              for f in ours if theirs[f] != ours[f]]
+    if differ:
+        raise ValueError(f"{name} is of another model: {', '.join(differ)}")
+
+
 def load_weights(model, source, strict=True):
     """Copy the tensors of a checkpoint into `model`; every one is accounted for.
 
@@ -1174,6 +1201,7 @@ def load_weights(model, source, strict=True):
     from_file = isinstance(source, (str, os.PathLike))
     state = read_checkpoint(source) if from_file else source
     name = str(source) if from_file else "the state dict"
+    config = state.get("model_config", {}) if isinstance(state, dict) else {}
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(
             isinstance(v, torch.Tensor) for v in state.values()):
@@ -1182,13 +1210,15 @@ def load_weights(model, source, strict=True):
     target = model
     if isinstance(model, DETR) and not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # from a classifier
-    left_out = new = ()
     if isinstance(target, MetaFormer):
         state = our_names(state)
-    if target is not model or isinstance(model, MetaFormer) and model.cfg.maps:
+        check_same_blocks(name, config, target.cfg, strict)
+    left_out = new = ()
+    if target is not model or getattr(model.cfg, "maps", ""):       # maps, no classifier
         left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
-        for k in range(len(target.stages), 4) if isinstance(target, MetaFormer) else ():
-            left_out += f"stages.{k}.", f"downsample_layers.{k}.", "pos_embed"
+        if isinstance(target, MetaFormer) and len(target.stages) < 4:
+            left_out += ("pos_embed", *(f"{part}.{k}." for k in range(len(target.stages), 4)
+                                        for part in ("stages", "downsample_layers")))
     own, report, faults = target.state_dict(), [], []
     for key in sorted(own.keys() | state.keys()):
         if key in own and key in state and own[key].shape == state[key].shape:
@@ -1224,6 +1254,8 @@ def published_url(name):
     if METAFORMERS[name].family == "baselines":
         family = name.split("_")[0]
         return f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth"
+    if name == "metaformer_tiny":
+        return ""
     file = {"identity": "metaformer_id_s12", "pppa": "metaformer_pppa_s12_224",
             "ppaa": "metaformer_ppaa_s12_224", "pppf": "metaformer_pppf_s12_224",
             "ppff": "metaformer_ppff_s12_224", "": name}.get(ablation)

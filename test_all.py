@@ -1348,8 +1348,44 @@ def test_classifier_checkpoints_are_plain_data_and_know_their_classes(tmp_path):
     report = load_weights(other, tmp_path / "c.pt", strict=False)
     assert [line.split(":")[0] for line in report] == ["head.bias", "head.weight"]
     assert differing(other.state_dict(), source.state_dict()) == {"head.bias", "head.weight"}
-    with pytest.raises(ValueError, match="token_mixer.weight .*not in the model"):
+    with pytest.raises(ValueError, match="mixers pool,pool,pool,fc in the file, pool,pool,pool"):
         load_weights(build_model("poolformer_s12", num_classes=5), tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="token_mixer.weight .*not in the model"):
+        load_weights(build_model("poolformer_s12", num_classes=5), state["model"])
+
+
+def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
+    tiny = build_model("metaformer_tiny", mixers="identity", activation="relu")
+    source = dict(model=tiny.state_dict(), model_config=asdict(tiny.cfg))
+    same = build_model("metaformer_tiny", mixers="identity,identity,identity,identity",
+                       activation="relu")
+    assert load_weights(same, source) == []
+    detector = build_model("detr_tiny", backbone="metaformer_tiny")
+    with pytest.raises(ValueError, match="activation relu in the file, gelu in the model, mixers"):
+        load_weights(detector, source)
+    with pytest.raises(ValueError, match="activation relu in the file, gelu in the model$"):
+        load_weights(build_model("metaformer_tiny"), source, strict=False)
+
+
+def test_metaformers_under_detr_take_any_size_and_drop_no_branch():
+    model = build_model("detr_tiny", backbone="poolformer_m48").train()
+    assert {block.drop_path for stage in model.backbone[0].body.stages for block in stage} == {0}
+    for name in ("poolformer_s12_ppaa", "poolformer_s12_ppff", "randformer_s12", "vit_ti"):
+        with pytest.raises(ValueError, match=f"--backbone {name} is unknown"):
+            build_model("detr_tiny", backbone=name)
+    with pytest.raises(ValueError, match="no ImageNet weights are published for metaformer_tiny"):
+        load_backbone(build_model("detr_tiny", backbone="metaformer_tiny"), "imagenet")
+    with pytest.raises(ValueError, match="--layer_scale -1"):
+        build_model("metaformer_tiny", layer_scale=-1.0)
+
+
+def test_class_logits_are_float32_under_autocast():
+    torch.manual_seed(0)
+    model = build_model("metaformer_tiny", num_classes=1000).eval()
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.float32 and len(logits.unique()) > 990      # bfloat16: some 700
 
 
 def test_detr_takes_a_metaformer_backbone_and_its_classifier(tmp_path):
@@ -2968,8 +3004,18 @@ def test_only_weights_of_two_or_more_dimensions_decay(name):
     decayed, rest = train.build_optimizer(model, cfg).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0)
     assert decayed["lr"] == rest["lr"] == 1e-3
-    assert {p.dim() for p in rest["params"]} == {1} and min(p.dim() for p in decayed["params"]) == 2
+    positions = [p for n, p in model.named_parameters() if n in ("pos_embed", "cls_token")]
+    assert all(p.dim() == 1 or any(p is q for q in positions) for p in rest["params"])
+    assert min(p.dim() for p in decayed["params"]) == 2
     assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
+
+
+def test_warm_up_in_epochs_wins_over_the_presets_steps():
+    def warmup(**given):
+        cfg = train.make_configs(given)[2]
+        return cfg.warmup_steps, cfg.warmup_epochs
+    assert warmup() == (200, 0) and warmup(warmup_epochs=2) == (0, 2)
+    assert warmup(warmup_epochs=2, warmup_steps=7) == (7, 2)
 
 
 def test_class_folders_are_trained_on_by_the_papers_recipe():

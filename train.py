@@ -139,7 +139,7 @@ PRESETS = {
         weight_decay=0.05, clip_max_norm=1.0, schedule="cosine", warmup_steps=200, smoothing=0.0,
         mixup=0.0, cutmix=0.0, backbone_weights="none", group_by_shape=False, eval_batch_size=64),
     "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10, warmup_epochs=0,
-                    smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0),
+                    smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 OVERFIT_REPEATS = 100                              # passes over the N images in its epochs
 # options of TrainConfig that mean nothing to a classifier
@@ -196,6 +196,8 @@ def make_configs(given):
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
+    if given.get("warmup_epochs") and not given.get("warmup_steps"):
+        options["warmup_steps"] = 0                                  # not the preset's
     if kind == "folder":
         batch = 1024 if given.get("overfit") else options["batch_size"]
         options.setdefault("lr", 1e-3 * batch / 1024)                # PoolFormer's rule
@@ -324,7 +326,7 @@ def build_optimizer(model, cfg):
     """AdamW with two groups of parameters, each with its learning rate under "base_lr".
 
     Of a detector the second is the backbone, with a learning rate of its own; of a classifier
-    biases, norms and scales, without weight decay.
+    biases, norms, scales and positions, without weight decay.
     """
     groups = [dict(params=[], lr=cfg.lr, base_lr=cfg.lr, weight_decay=cfg.weight_decay)
               for _ in range(2)]
@@ -333,7 +335,9 @@ def build_optimizer(model, cfg):
     else:
         groups[1].update(lr=cfg.lr_backbone, base_lr=cfg.lr_backbone)
     for name, p in model.named_parameters():
-        second = p.dim() < 2 if isinstance(model, MetaFormer) else "backbone" in name
+        second = "backbone" in name
+        if isinstance(model, MetaFormer):
+            second = p.dim() < 2 or name.endswith((".b2", "pos_embed", "cls_token"))
         if "backbone" in name and not cfg.lr_backbone:
             p.requires_grad_(False)
         if p.requires_grad:
@@ -591,10 +595,13 @@ def banner(cfg, model, train, val, loader, world, where):
     detector = isinstance(c, ModelConfig)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     most = int(np.diff(train.offsets).max()) if detector else 1
-    data = {"coco": lambda: f"COCO files, {data_paths(cfg, 'train')[0]}",
-            "folder": lambda: f"class folders, {cfg.data}"}.get(cfg.kind, lambda: (
-                f"built-in {cfg.kind}, {cfg.image_size} pixels (no --data"
-                f"{', and no folder data/coco' if detector else ''})"))()
+    if cfg.kind == "coco":
+        data = f"COCO files, {data_paths(cfg, 'train')[0]}"
+    elif cfg.kind == "folder":
+        data = f"class folders, {cfg.data}"
+    else:
+        why = "no --data, and no folder data/coco" if detector else "no --data"
+        data = f"built-in {cfg.kind}, {cfg.image_size} pixels ({why})"
     if cfg.overfit:
         data += f"; --overfit: {len(val)} images, each {OVERFIT_REPEATS} times an epoch"
     lines = [
