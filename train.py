@@ -424,10 +424,11 @@ def draw_batch(images, valid, targets, classes):
 
 def draw_predictions(rows, dataset, threshold=0.7):
     """The first images of a data set with the detections (D, 7) that score over the threshold, or
-    with what a classifier takes images from all over the set for (D, 5), and what those it gets
+    with what a classifier takes some images of all classes for (D, 5), and what those it gets
     wrong are."""
     items, detector, n = [], rows.shape[1] == 7, len(dataset)
-    for i in range(min(16, n)) if detector else sorted({k * n // 16 for k in range(16)}):
+    some = random.Random(0).sample(range(n), min(16, n))             # folders come class by class
+    for i in range(min(16, n)) if detector else sorted(some):
         image = dataset.read(i)
         r = rows[(rows[:, 0] == i) & (rows[:, 2] > (threshold if detector else 0))].numpy()
         boxes = (np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1) if detector else
