@@ -2594,6 +2594,69 @@ def test_resuming_from_something_else_is_an_error_that_names_the_file(tmp_path, 
         assert "error: " in message and name in message and hint in message
 
 
+def test_saving_by_the_minute_changes_nothing_but_what_a_crash_costs(monkeypatch):
+    saved, original = [], train.save_checkpoint
+
+    def save_checkpoint(path, state, keep_previous):
+        saved.append((state["epoch"], state["step"]))
+        original(path, state, keep_previous)
+    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+    assert run(*TINY, "--output_dir", "plain") == 0
+    at_the_ends = [(0, 3), (1, 0), (1, 3), (2, 0)]               # before and after each evaluation
+    assert saved == at_the_ends
+    saved.clear()
+    assert run(*TINY, "--output_dir", "often", "--save_minutes", "1e-9") == 0
+    assert sorted(set(saved) - set(at_the_ends)) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert_identical(checkpoint("plain/ckpt.pt")["model"], checkpoint("often/ckpt.pt")["model"])
+
+
+def test_a_crash_in_mid_epoch_goes_on_from_the_last_save(monkeypatch):
+    """A kill leaves what is on the disk; here an error in step 5, with a save after every step."""
+    assert run(*TINY, "--output_dir", "whole") == 0
+    original, calls = train.train_step, []
+
+    def train_step(*args):
+        calls.append(0)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        return original(*args)
+    monkeypatch.setattr(train, "train_step", train_step)
+    options = [*TINY, "--output_dir", "cut", "--save_minutes", "1e-9"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.main([str(option) for option in options])
+    assert checkpoint("cut/ckpt.pt")["step"] == 1                # of epoch 1: 3 + 1 steps are done
+    assert run(*options) == 0
+    assert len(calls) == 5 + 2                                   # the two that were left
+    assert_identical(checkpoint("whole/ckpt.pt")["model"], checkpoint("cut/ckpt.pt")["model"])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys):
+    assert run(*TINY, "--output_dir", "whole") == 0
+    assert run(*TINY, "--output_dir", "broken", "--save_minutes", "1e-9") == 0
+    path = "broken/ckpt.pt"
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+    before = checkpoint("broken/ckpt_prev.pt")
+    assert run(*TINY, "--output_dir", "broken") == 0
+    assert "ckpt_prev.pt: going on from that" in capsys.readouterr().out
+    assert_identical(checkpoint(path)["model"], checkpoint("whole/ckpt.pt")["model"])
+    assert_identical(checkpoint("broken/ckpt_prev.pt"), before)  # the damaged file is not kept
+    os.remove("broken/ckpt_prev.pt")
+    with open(path, "r+b") as file:
+        file.truncate(10)
+    assert "ckpt.pt is not a checkpoint" in run(*TINY, "--output_dir", "broken")
+
+
+def test_a_stop_by_sigterm_has_its_own_exit_code(monkeypatch):
+    original = train.train_step
+
+    def train_step(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert run(*TINY) == 143 and checkpoint("out/ckpt.pt")["step"] == 2
+
+
 # -- learning rate -------------------------------------------------------------------------------
 
 def test_the_learning_rate_is_a_function_of_the_step():

@@ -73,6 +73,7 @@ class TrainConfig:
     finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
     resume: Annotated[str, "go on from this checkpoint, with the options given now"] = ""
     output_dir: Annotated[str, "where checkpoints, logs and pictures go"] = "out"
+    save_minutes: Annotated[float, "minutes between checkpoints in an epoch; 0: at its end"] = 10.0
     eval_every: Annotated[int, "epochs between evaluations"] = 1
     eval_batch_size: Annotated[int, "images per batch in evaluation, each process"] = 4
     log_every: Annotated[int, "steps between printed lines"] = 50
@@ -94,7 +95,7 @@ class TrainConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
         for field in ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "overfit", "seed",
-                      "warmup_steps", "warmup_epochs", "min_lr"):
+                      "warmup_steps", "warmup_epochs", "min_lr", "save_minutes"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"--{field} {getattr(self, field)} must be 0 or a positive number")
         if self.num_workers < -1:
@@ -359,7 +360,7 @@ def lr_factor(cfg, step, steps_per_epoch):
 # -- checkpoints ---------------------------------------------------------------------------------
 
 # options that may change from one start to the next without changing what is computed
-FREE = {"resume", "output_dir", "num_workers", "log_every", "device"}
+FREE = {"resume", "output_dir", "num_workers", "log_every", "save_minutes", "device"}
 
 
 def save_checkpoint(path, state, keep_previous=True):
@@ -388,13 +389,19 @@ def find_resume(cfg, configs):
     """The state to go on from, or None.
 
     It is that of --output_dir if its options are these, else that of --resume, whose options may
-    differ ("changed" lists them). Raises ValueError rather than write over another run.
+    differ ("changed" lists them). A "damaged" checkpoint in --output_dir gives way to the one
+    before it. Raises ValueError rather than write over another run.
     """
-    path = os.path.join(cfg.output_dir, "ckpt.pt")
-    own = os.path.exists(path)
+    path, previous = (os.path.join(cfg.output_dir, f) for f in ("ckpt.pt", "ckpt_prev.pt"))
+    own, notes = os.path.exists(path), []
     if not own and not cfg.resume:
         return None
-    state = read_run(path if own else cfg.resume)
+    try:
+        state = read_run(path if own else cfg.resume)
+    except ValueError as error:
+        if not own or not os.path.exists(previous):
+            raise
+        state, notes = read_run(previous), [f"{error}: going on from that"]
     changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
                for k, v in config.items() if k not in FREE and state[name].get(k) != v]
     if changed and own and not (cfg.resume and os.path.samefile(path, cfg.resume)):
@@ -404,7 +411,7 @@ def find_resume(cfg, configs):
     if any(c[2:].split()[0] in state["model_config"] for c in changed):
         raise ValueError(f"--resume {cfg.resume} is of another model ({', '.join(changed)}); "
                          f"--finetune takes over what fits")
-    return {**state, "changed": changed}
+    return {**state, "changed": notes + changed, "damaged": bool(notes)}
 
 
 # -- logs and pictures ---------------------------------------------------------------------------
@@ -630,15 +637,16 @@ def banner(cfg, model, train, val, loader, world, where):
 
 
 def catch_signals():
-    """A dict whose "stop" becomes 1.0 on Ctrl-C or SIGTERM; a second Ctrl-C ends at once."""
-    flag = {"stop": 0.0}
+    """A dict whose "stop" becomes 1.0 on Ctrl-C or SIGTERM, and "code" 130 or 143, the shell's
+    custom; a second Ctrl-C ends at once."""
+    flag = {"stop": 0.0, "code": 130}
 
     def handler(number, frame):
         if flag["stop"] and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not flag["stop"] and os.environ.get("RANK", "0") == "0":
             print("\nstopping after this step or evaluation (Ctrl-C again: at once)", flush=True)
-        flag["stop"] = 1.0
+        flag["stop"], flag["code"] = 1.0, 128 + number
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
     return flag
@@ -687,14 +695,18 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     if epoch >= cfg.epochs:
         say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
 
+    damaged, saved = bool(state and state["damaged"]), time.time()
+
     def save(keep_previous):
+        nonlocal damaged, saved
         if rank == 0:
             state = dict(
                 format=1, **configs, classes=train_set.classes,
                 category_ids=getattr(train_set, "category_ids", None), epoch=epoch, step=step,
                 sums=sums, best_ap=best_ap, model=bare.state_dict(),
                 optimizer=optimizer.state_dict())
-            save_checkpoint(out + "ckpt.pt", state, keep_previous)
+            save_checkpoint(out + "ckpt.pt", state, keep_previous and not damaged)
+        damaged, saved = False, time.time()
 
     interrupt, begin, done = catch_signals(), time.time(), 0
     while epoch < cfg.epochs:
@@ -711,8 +723,10 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 draw_batch(*parts[0], train_set.classes).save(out + "first_batch.jpg")
             queries = getattr(model_cfg, "num_queries", 1)               # of a classifier
             counts = sum(loss_counts(targets, queries) for *_, targets in parts)
-            counts = sum_over_processes(torch.cat([counts, torch.tensor([interrupt["stop"]])]))
-            stopping = counts[3] > 0                                     # the same on all processes
+            due = bool(cfg.save_minutes) and time.time() - saved > 60 * cfg.save_minutes
+            flags = torch.tensor([interrupt["stop"], float(due)])
+            counts = sum_over_processes(torch.cat([counts, flags]))
+            stopping, saving = counts[3] > 0, counts[4] > 0              # the same on all processes
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(cfg, at, steps)
             torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)                # dropout
@@ -727,7 +741,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                                  f"{hint}{out}ckpt.pt is as it was") from None
             losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
             step, done, count = step + 1, done + 1, count + 1
-            if count == cfg.log_every or step == steps or stopping:
+            if count == cfg.log_every or step == steps or stopping or saving:
                 # the only place, besides the matching, where the host waits for the device
                 total = sum_over_processes(torch.stack(list(losses.values())).cpu()) / world
                 losses = dict(zip(losses, total.tolist()))
@@ -750,10 +764,12 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 losses, count, waited, since = {}, 0, 0.0, time.time()
             if stopping:
                 break
+            if saving and step < steps:
+                save(keep_previous=True)
         save(keep_previous=True)                     # before the evaluation, which may fail
         if stopping:                                 # not interrupt: all processes leave together
             say(f"stopped; the same command goes on from {out}ckpt.pt")
-            return 130
+            return interrupt["code"]
 
         record = epoch_record(sums, steps, loss_cfg)
         record["train_lr"] = optimizer.param_groups[0]["lr"]
