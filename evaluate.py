@@ -478,6 +478,7 @@ def unite(masks):
 
 
 def mask_area(mask):
+    """Pixels of a mask."""
     return (mask[1::2] - mask[::2]).sum()
 
 
@@ -903,7 +904,7 @@ def official_config(state, dilation, nheads):
         num_classes=len(state["class_embed.bias"]) - 1)
 
 
-def find_images(args, info, cfg):
+def find_class_images(args, info, cfg):
     """The images a classifier is evaluated on: those of the command line, else the checkpoint's."""
     if args.val_json or args.val_images or args.max_size:
         raise ValueError("--val_json, --val_images and --max_size are for detectors, the "
@@ -1035,7 +1036,8 @@ def evaluate_checkpoint(args):
     classifier = isinstance(model, MetaFormer)
     if classifier and args.save_json:
         raise ValueError("--save_json is for detections, the checkpoint holds a classifier")
-    dataset = find_images(args, info, model.cfg) if classifier else find_validation(args, info)
+    dataset = (find_class_images(args, info, model.cfg) if classifier else
+               find_validation(args, info))
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
     what = (f"classifier, mixers {model.cfg.mixers}" if classifier else

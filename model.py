@@ -617,6 +617,8 @@ class TokenBatchNorm(BatchNorm2d):
 
 
 class NoNorm(nn.Identity):
+    """The tokens as they are (arXiv:2111.11418, Table 5)."""
+
     def forward(self, x, valid):
         return x
 
@@ -1359,6 +1361,7 @@ def agreement(printed, ways, unit):
 
 
 def print_classifiers():
+    """The papers' tables as computed, a line per classifier."""
     print("classifiers at 224 x 224, beside the figures of their papers. A note says where a "
           "published one\nis reproduced by another way of counting, was cut instead of rounded, "
           "or differs.\n")

@@ -12,11 +12,9 @@ import sys
 import numpy as np
 import torch
 
-from data import draw_boxes, plan_validation, read_image
+from data import IMAGE_SUFFIXES, draw_boxes, plan_validation, read_image
 from evaluate import check_device, load_model, postprocess
 from model import MetaFormer
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def find_images(paths):
@@ -25,9 +23,9 @@ def find_images(paths):
     files = []
     for path in paths:
         if os.path.isdir(path):
-            found = sorted(f for f in os.listdir(path) if f.lower().endswith(EXTENSIONS))
+            found = sorted(f for f in os.listdir(path) if f.lower().endswith(IMAGE_SUFFIXES))
             if not found:
-                raise ValueError(f"folder {path} holds no image ({', '.join(EXTENSIONS)})")
+                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             files += [os.path.join(path, f) for f in found]
         elif os.path.exists(path):
             files.append(path)

@@ -3068,9 +3068,17 @@ def test_only_weights_of_two_or_more_dimensions_decay(name):
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0)
     assert decayed["lr"] == rest["lr"] == 1e-3
     positions = [p for n, p in model.named_parameters() if n in ("pos_embed", "cls_token")]
-    assert all(p.dim() == 1 or any(p is q for q in positions) for p in rest["params"])
-    assert min(p.dim() for p in decayed["params"]) == 2
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    assert {id(p) for p in rest["params"]} == {id(p) for p in vectors + positions}
     assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
+
+
+def test_linked_folders_of_images_are_walked(tmp_path):
+    for name in ("data/val/a", "data/val/b", "elsewhere"):
+        os.makedirs(tmp_path / name)
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "1.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/val/b/more", target_is_directory=True)
+    assert ImageFolder(tmp_path / "data", "val").labels.tolist() == [0, 1, 1]
 
 
 def test_warm_up_in_epochs_wins_over_the_presets_steps():

@@ -505,17 +505,20 @@ def evaluation_report(result):
 
 # -- training ------------------------------------------------------------------------------------
 
-def detector_losses(model, images, valid, targets, counts, loss_cfg, autocast):
+def detector_losses(model, part, counts, configs, at, autocast):
     """The losses of one part of a step."""
+    images, valid, targets = part
     with autocast:
         logits, boxes = model(images, valid)
-    return set_loss(logits, boxes, targets, loss_cfg, counts)
+    return set_loss(logits, boxes, targets, configs[1], counts)
 
 
-def classifier_losses(model, images, valid, targets, counts, loss_cfg, autocast, num_classes, rng):
-    """The losses of one part of a step; rng draws how its images are mixed."""
+def classifier_losses(model, part, counts, configs, at, autocast):
+    """The losses of one part of step `at`, which alone says how images are mixed."""
+    (images, valid, targets), (model_cfg, loss_cfg, cfg) = part, configs
     labels = torch.cat([t["labels"] for t in targets]).to(images.device)
-    images, labels = mix(images, labels, num_classes, rng, loss_cfg.mixup, loss_cfg.cutmix)
+    images, labels = mix(images, labels, model_cfg.num_classes, random.Random(f"{cfg.seed} {at}"),
+                         loss_cfg.mixup, loss_cfg.cutmix)
     with autocast:
         logits = model(images, valid)
     return classification_loss(logits, labels, loss_cfg.smoothing, counts)
@@ -527,18 +530,16 @@ def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
     counts: loss_counts of the whole step per process. As every part is divided by them, gradients
     add up to those of the whole batch, however it is split over parts and processes.
     """
-    model_cfg, loss_cfg, cfg = configs
+    model_cfg, _, cfg = configs
+    classifier = isinstance(model_cfg, MetaFormerConfig)
+    part_losses = classifier_losses if classifier else detector_losses
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     totals = {}
     for k, (images, valid, targets) in enumerate(parts):
         last = k == len(parts) - 1
-        part = *to_device(images, valid, device), targets, counts, loss_cfg, autocast
+        part = *to_device(images, valid, device), targets
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
-            if isinstance(model_cfg, MetaFormerConfig):              # mixed alike on all processes
-                losses = classifier_losses(model, *part, model_cfg.num_classes,
-                                           random.Random(f"{cfg.seed} {at}"))
-            else:
-                losses = detector_losses(model, *part)
+            losses = part_losses(model, part, counts, configs, at, autocast)
             losses["loss"].backward()
         for name, value in losses.items():
             share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
