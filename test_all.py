@@ -1,5 +1,6 @@
 """One test per promise: python -m pytest test_all.py
 The evaluator on 4 x 2000 random cases beside pycocotools: python test_all.py 2000
+Training killed 20 times and started again, in 1 or 2 processes: python test_all.py kill 20 2
 
 Expected values come from elsewhere: by hand, from a loop written here, from torch's own modules, or
 computed by the official code (facebookresearch/detr at 29901c5, CPU, float32) and copied here.
@@ -21,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import zlib
@@ -2553,7 +2555,7 @@ def test_the_file_before_is_kept_and_a_failed_save_leaves_both(tmp_path, monkeyp
     assert checkpoint(tmp_path / "run.pt/ckpt_prev.pt") == {"epoch": 1}
 
     def full_disk(state, file):
-        open(file, "wb").write(b"half")
+        file.write(b"half")
         raise OSError("No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
@@ -2598,7 +2600,8 @@ def test_saving_by_the_minute_changes_nothing_but_what_a_crash_costs(monkeypatch
     saved, original = [], train.save_checkpoint
 
     def save_checkpoint(path, state, keep_previous):
-        saved.append((state["epoch"], state["step"]))
+        if path.endswith("ckpt.pt"):
+            saved.append((state["epoch"], state["step"]))
         original(path, state, keep_previous)
     monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
     assert run(*TINY, "--output_dir", "plain") == 0
@@ -2655,6 +2658,392 @@ def test_a_stop_by_sigterm_has_its_own_exit_code(monkeypatch):
         return original(*args)
     monkeypatch.setattr(train, "train_step", train_step)
     assert run(*TINY) == 143 and checkpoint("out/ckpt.pt")["step"] == 2
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+def not_finite_at(step, spoil, weights):
+    """A train_step whose step-th call first spoils the model, whose weights it keeps."""
+    original, calls = train.train_step, []
+
+    def train_step(model, *args):
+        calls.append(0)
+        if len(calls) == step:
+            weights.update(copy.deepcopy(model.state_dict()))
+            spoil(model)
+        return original(model, *args)
+    return train_step
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def bad_weight(model):
+    with torch.no_grad():
+        model.get_submodule("transformer.encoder.layers.0").linear2.weight[3, 1] = math.nan
+
+
+def bad_gradient(model):
+    model.get_submodule("bbox_embed").register_forward_hook(
+        lambda module, inputs, output: BadGradient.apply(output))
+
+
+@pytest.mark.parametrize("spoil, place", [
+    (bad_weight, "the weights of transformer.encoder.layers.0.linear2"),
+    (bad_gradient, "the gradient at the output of bbox_embed.layers.2")])
+def test_a_step_that_is_not_finite_is_named_and_kept(monkeypatch, spoil, place):
+    weights = {}
+    monkeypatch.setattr(train, "train_step", not_finite_at(5, spoil, weights))
+    message = run(*TINY, "--log_every", 100)                     # 3 steps an epoch: epoch 2, step 2
+    assert re.match(r"error: epoch 2, step 2, rank 0, images \[", message)
+    assert f"first not finite: {place}" in message and "loss" in message and "--lr" in message
+    bad, before = checkpoint("out/nan_batch.pt"), checkpoint("out/ckpt.pt")
+    assert (bad["epoch"], bad["step"], bad["rank"], bad["place"]) == (1, 1, 0, place)
+    assert str(bad["image_ids"]) in message and len(set(bad["image_ids"])) == 8
+    assert (before["epoch"], before["step"]) == (1, 0)           # nothing was saved after it
+    for name, weight in weights.items():                         # those that the step began with
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(bad["model"][name], weight) or name[:-7] in place
+    dataset = ShapesDataset("train", 24, 32, augment=True, seed=1)
+    (images, valid, targets), = bad["parts"]
+    for image, target in zip(images, targets):
+        again = dataset[1, target["index"]][0]
+        assert torch.equal(again, image[:, :again.shape[1], :again.shape[2]])
+
+
+def test_after_a_step_that_is_not_finite_the_weights_stay(monkeypatch):
+    """So a later look at the device finds those of the step to blame."""
+    model = mixer_model("pool")
+    optimizer = train.build_optimizer(model, train.TrainConfig(lr_backbone=1e-3))
+    images, valid, targets = four_images(False)
+    counts, before = loss_counts(targets, 12), None
+    for k, factor in enumerate((1, 1, math.nan, 1)):
+        hook = model.class_embed.register_forward_hook(
+            lambda module, inputs, output: output + 0 * (output * factor).detach())
+        if k == 2:
+            before = copy.deepcopy(dict(model.named_parameters()))
+            hook.remove()
+            hook = model.class_embed.register_forward_hook(
+                lambda module, inputs, output: BadGradient.apply(output))
+        losses = train.train_step(model, optimizer, [(images, valid, targets)], counts,
+                                  (model.cfg, LossConfig(), train.TrainConfig()), k, "cpu",
+                                  torch.float32)
+        hook.remove()
+        assert losses["lost"] == (k >= 2)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_a_classifier_that_diverges_is_named_too():
+    message = run(*CLASSIFIER, "--lr", 1e30, "--warmup_steps", 0, "--clip_max_norm", 0)
+    assert re.match(r"error: epoch 1, step \d, rank 0, images \[", message)
+    assert "first not finite: the" in message and "nan_batch.pt" in message
+
+
+def test_of_a_sound_step_nothing_is_found():
+    model = mixer_model("attention")
+    images, valid, targets = four_images(False)
+    assert train.find_not_finite(model, lambda: set_loss(*model(images, valid), targets)[
+        "loss"].backward()) == ""
+
+
+@pytest.mark.parametrize("error", ["torch.cuda.OutOfMemoryError('CUDA out of memory.')",
+                                   "torch.empty(2 ** 50)"])      # the error of a CPU
+def test_out_of_memory_names_the_batch_and_what_helps(monkeypatch, error):
+    def train_step(*args):
+        result = eval(error)
+        raise result
+    monkeypatch.setattr(train, "train_step", train_step)
+    message = run(*TINY, "--accumulate", 2)
+    assert "out of memory with images of [(4, 3, " in message and "objects" in message
+    for option in ("--accumulate", "--image_size", "--dtype bfloat16"):
+        assert option in message
+    assert "epoch 1, step 1, rank 0, images [" in message
+
+
+def test_other_errors_of_a_step_keep_their_traceback(monkeypatch):
+    def train_step(*args):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main(TINY)
+
+
+def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
+    open("file", "w").close()
+    assert "file" in run(*TINY, "--output_dir", "file/out")
+    assert run(*TINY, "--output_dir", "out") == 0
+    four = 4 * os.path.getsize("out/ckpt.pt")                    # with the one being written
+    monkeypatch.setattr(train, "train_step", None)               # nothing is trained
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    message = run(*TINY, "--output_dir", "other")
+    room, need = map(int, re.search(r"room for (\d+) MB, .* need (\d+) MB", message).groups())
+    assert room == 2 and 0.8 * four < 1e6 * need < 1.1 * four
+
+
+LIMITED = """
+import resource, sys, train
+original = train.train_step
+def train_step(*args):
+    if args[5] == 4:                                             # in the second epoch
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return original(*args)
+train.train_step = train_step
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_intact():
+    """A limit on the size of files makes the system refuse the write in its middle."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run([sys.executable, "-c", LIMITED, *TINY], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and done.stderr.startswith("error: out/ckpt.pt cannot be written")
+    assert "MB free" in done.stderr and "same command" in done.stderr
+    assert checkpoint("out/ckpt.pt")["epoch"] == 1
+    assert not [name for name in os.listdir("out") if "tmp" in name]
+    assert run(*TINY) == 0
+
+
+def test_logs_go_on_where_the_checkpoint_does():
+    assert run(*TINY, "--output_dir", "whole") == 0
+    assert run(*TINY, "--epochs", 1, "--output_dir", "cut") == 0
+    with open("cut/steps.txt", "a") as steps, open("cut/log.txt", "a") as log:
+        steps.write('{"epoch": 1, "step": 1, "loss": 7}\n{"epoch": 1, "st')   # killed in there
+        log.write('{"epoch": 1, "train_loss": 7}\n')
+    assert run("--resume", "cut/ckpt.pt", "--epochs", 2) == 0
+    for name in ("log.txt", "steps.txt"):
+        whole, cut = lines(f"whole/{name}"), lines(f"cut/{name}")
+        assert [(r["epoch"], r.get("step")) for r in whole] == [
+            (r["epoch"], r.get("step")) for r in cut]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_an_evaluation_ends_at_once_with_all_saved(monkeypatch, number, code):
+    original = train.evaluate
+
+    def interrupted(*args):
+        signal.raise_signal(number)
+        return original(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert run(*TINY) == code
+    state = checkpoint("out/ckpt.pt")
+    assert (state["epoch"], state["step"]) == (0, 3) and not os.path.exists("out/log.txt")
+    assert run(*TINY) == 0 and len(lines("out/log.txt")) == 2
+
+
+def test_a_killed_loader_worker_is_explained(monkeypatch):
+    def read(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(ShapesDataset, "read", read)
+    message = run(*TINY, "--num_workers", 1)
+    assert "DataLoader worker" in message and "--num_workers" in message and "memory" in message
+
+
+def test_a_file_that_is_gone_is_named_by_one_line_from_a_worker(monkeypatch):
+    def read(self, i):
+        raise FileNotFoundError(f"photos/{i}.jpg not found: is the image folder the right one?")
+    monkeypatch.setattr(ShapesDataset, "read", read)
+    message = run(*TINY, "--num_workers", 1)
+    assert re.fullmatch(r"error: photos/\d+.jpg not found: is the .* right one\?", message)
+
+
+def test_a_checkpoint_from_before_an_option_existed_goes_on():
+    assert run(*TINY, "--epochs", 1) == 0
+    state = checkpoint("out/ckpt.pt")
+    del state["train_config"]["save_minutes"], state["model_config"]["backbone_stage"]
+    torch.save(state, "out/ckpt.pt")
+    assert run(*TINY, "--epochs", 1) == 0
+
+
+def test_a_process_beyond_the_gpus_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU, 2 visible"):
+        train.start_processes("cuda")
+
+
+def test_a_rank_without_images_evaluates_none():
+    dataset = ShapesDataset("val", 2, 32)
+    loader = DataLoader(dataset, collate_fn=collate,
+                        batch_sampler=EvalSampler(dataset, 1, rank=2, world=3))
+    assert evaluate.detect(mixer_model("pool").eval(), loader, "cpu").shape == (0, 7)
+
+
+# -- killed at any moment ------------------------------------------------------------------------
+
+KILLED = [*TINY, "--train_shapes", "80", "--epochs", "8", "--save_minutes", "0.001",
+          "--output_dir", "out"]
+
+
+def launch(options, folder, rank=0, world=1, port=0):
+    """A process that trains, as `python train.py` does; its id. `folder`/evaluating is there while
+    it evaluates."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1), os.dup2(output, 2)
+        torch.set_num_threads(1)
+        if world > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        original = train.evaluate
+
+        def marked(*args):
+            marker = f"evaluating{rank or ''}"                   # rank 0 ends last
+            open(marker, "w").close()
+            result = original(*args)
+            os.remove(marker)
+            return result
+        train.evaluate = marked
+        train.main(options)
+    except SystemExit as stop:
+        print(stop.code if isinstance(stop.code, str) else "", flush=True)
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def job(folder, world):
+    port = free_port()
+    return {launch(KILLED, folder, rank, world, port): rank for rank in range(world)}
+
+
+def wait(jobs, seconds):
+    """Exit codes by rank of the processes that have ended, or all once they have."""
+    codes, end = {}, time.time() + seconds
+    while jobs and time.time() < end:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[jobs.pop(pid)] = os.waitstatus_to_exitcode(status)
+        else:
+            time.sleep(0.001)
+    return codes
+
+
+def assert_same_end(whole, killed):
+    """Weights, optimizer, best checkpoint and logs are equal bit for bit, but for times."""
+    for name in ("ckpt.pt", "best.pt"):
+        one, two = (checkpoint(f"{folder}/out/{name}") for folder in (whole, killed))
+        assert_identical(*({key: state[key] for key in (
+            "model", "optimizer", "epoch", "step", "best_ap", "sums")} for state in (one, two)))
+    timed = {"images_per_s", "data_share", "memory_gb", "elapsed_s", "eta_s"}
+    for name in ("log.txt", "steps.txt"):
+        assert_identical(*([{k: v for k, v in r.items() if k not in timed} for r in lines(
+            f"{folder}/out/{name}")] for folder in (whole, killed)))
+
+
+def kill_once(folder, world, rng):
+    """Starts the run and kills one process of it: in a save, in an evaluation, or at any time.
+    Returns in what it was killed, "" if it had ended."""
+    sign = rng.choice(["out/ckpt.pt.tmp", "out/ckpt.pt.tmp2", "evaluating", "never"])
+    begin = [os.path.join(folder, name) for name in ("out/ckpt.pt.tmp", "evaluating")]
+    [os.remove(name) for name in begin if os.path.exists(name)]
+    jobs, codes, start_time = job(folder, world), {}, time.time()
+    after = start_time + rng.uniform(0.3, 1.5)
+    while jobs and (time.time() < after or sign != "never" and time.time() < after + 3
+                    and not os.path.exists(os.path.join(folder, sign))):
+        codes |= wait(jobs, 0.0005)
+    if not jobs:
+        assert set(codes.values()) == {0}, (codes, open(f"{folder}/output.txt").read())
+        return ""
+    os.kill(rng.choice(sorted(jobs)), signal.SIGKILL)
+    wait(jobs, 20)
+    if jobs:
+        [os.kill(pid, signal.SIGKILL) for pid in jobs]
+        raise AssertionError("the other processes did not end within 20 seconds")
+    saving, evaluating = map(os.path.exists, begin)
+    return "in a save" if saving else "in an evaluation" if evaluating else "elsewhere"
+
+
+def finish(folder, world):
+    os.makedirs(folder, exist_ok=True)
+    codes = wait(job(folder, world), 120)
+    assert codes == dict.fromkeys(range(world), 0), open(f"{folder}/output.txt").read()
+
+
+def kill_and_restart(kills, world, rng, folder):
+    """Kills runs of `world` processes and starts them again until they end; returns how many kills
+    hit what."""
+    whole, counts, k = f"{folder}/whole", {}, 0
+    finish(whole, world)
+    while sum(counts.values()) < kills:
+        killed, k = f"{folder}/killed{k}", k + 1
+        os.mkdir(killed)
+        while sum(counts.values()) < kills:
+            where = kill_once(killed, world, rng)
+            if not where:
+                break
+            counts[where] = counts.get(where, 0) + 1
+        finish(killed, world)
+        assert_same_end(whole, killed)
+    return counts
+
+
+def kill_under_torchrun(kills, rng, folder):
+    """Kills ranks of one torchrun --max_restarts, which starts them again by itself."""
+    whole, killed = f"{folder}/whole", f"{folder}/killed"
+    finish(whole, 2)
+    os.mkdir(killed)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         f"--max_restarts={kills}", script, *KILLED], cwd=killed, stderr=subprocess.STDOUT,
+        stdout=open(f"{killed}/output.txt", "w"))
+    for k in range(kills):
+        steps = f"{killed}/out/steps.txt"
+        while not os.path.exists(steps) or len(open(steps).readlines()) < 80 * (k + 1) // (kills
+                                                                                          + 2):
+            assert torchrun.poll() is None, open(f"{killed}/output.txt").read()
+            time.sleep(0.01)
+        with open(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children") as children:
+            os.kill(int(rng.choice(children.read().split())), signal.SIGKILL)
+        while f"restart  {k + 1} of" not in open(f"{killed}/output.txt").read():
+            assert torchrun.poll() is None, open(f"{killed}/output.txt").read()
+            time.sleep(0.01)
+    assert torchrun.wait(120) == 0, open(f"{killed}/output.txt").read()
+    assert_same_end(whole, killed)
+    return {"under torchrun": kills}
+
+
+def kill_main(kills, how, seed=0):
+    """python test_all.py kill 20 1: kills 20 times a run of 1 process; 2: of two; torchrun: ranks
+    of one."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = (kill_under_torchrun(int(kills), rng, folder) if how == "torchrun" else
+                  kill_and_restart(int(kills), int(how), rng, folder))
+    print(f"{kills} kills, {counts}: all runs ended bit-equal to the one that was not killed")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
+@pytest.mark.parametrize("kills, how", [("6", "1"), ("4", "2"), ("1", "torchrun")])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(kills, how):
+    """In a process of its own, in which nothing of torch has run before it forks."""
+    here = os.path.abspath(__file__)
+    done = subprocess.run([sys.executable, here, "kill", kills, how], capture_output=True,
+                          text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "bit-equal" in done.stdout, done.stdout + done.stderr
 
 
 # -- learning rate -------------------------------------------------------------------------------
@@ -2917,7 +3306,7 @@ def test_resume_takes_the_options_of_the_checkpoint_and_writes_over_no_other_run
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     message = run(*TINY, "--lr", 1e38, "--warmup_steps", 0, "--log_every", 100,
                   "--output_dir", tmp_path)
-    assert message.startswith("error") and "epoch 0" in message and "finite" in message
+    assert message.startswith("error") and "epoch 1" in message and "finite" in message
     assert not (tmp_path / "ckpt.pt").exists()
 
 
@@ -3280,7 +3669,9 @@ def test_multiply_adds_count_the_attention():
     assert count[0] - count[1] == projections + products
 
 
-if __name__ == "__main__":                                           # python test_all.py 2000
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["kill"]:                                    # python test_all.py kill 20 2
+        sys.exit(kill_main(*sys.argv[2:]))
     for seed in range(int(sys.argv[1]) if sys.argv[1:] else 2000):
         compare_with_pycocotools(seed)
         print(f"{seed + 1} times 4 random cases bit-equal to pycocotools", end="\r")

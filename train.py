@@ -13,14 +13,17 @@ MetaFormer, arXiv:2111.11418.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, get_args, get_type_hints
@@ -363,13 +366,42 @@ def lr_factor(cfg, step, steps_per_epoch):
 FREE = {"resume", "output_dir", "num_workers", "log_every", "save_minutes", "device"}
 
 
+def check_output_dir(out, model):
+    """Raises OSError before training if the folder cannot hold what the run is to write there."""
+    os.makedirs(out, exist_ok=True)
+    with open(out + "ckpt.pt.tmp", "wb"):
+        os.remove(out + "ckpt.pt.tmp")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
+    there = [out + name for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
+    room = shutil.disk_usage(out).free + sum(os.path.getsize(f) for f in there if os.path.exists(f))
+    if room < 4 * size:                            # those three, and the next one being written
+        raise OSError(f"{out} has room for {room / 1e6:.0f} MB, the checkpoints need "
+                      f"{4 * size / 1e6:.0f} MB: make room, or give another --output_dir")
+
+
 def save_checkpoint(path, state, keep_previous=True):
-    """Written whole or not at all; the file before it stays as *_prev.pt if asked for."""
-    torch.save(state, path + ".tmp")
-    if keep_previous and os.path.exists(path):
-        shutil.copyfile(path, path + ".tmp2")
-        os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
-    os.replace(path + ".tmp", path)
+    """Written whole or not at all; the file before it stays as *_prev.pt if asked for.
+
+    Raises OSError, with what was there before intact.
+    """
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                # before a name leads to it
+        if keep_previous and os.path.exists(path):
+            shutil.copyfile(path, path + ".tmp2")
+            os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:       # torch's writer raises RuntimeError
+        for name in (path + ".tmp", path + ".tmp2"):
+            if os.path.exists(name):
+                os.remove(name)
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}; {free / 1e6:.0f} "
+                      f"MB free): the file before it is intact, make room and give the same "
+                      f"command again") from None
 
 
 def read_run(path):
@@ -403,7 +435,7 @@ def find_resume(cfg, configs):
             raise
         state, notes = read_run(previous), [f"{error}: going on from that"]
     changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
-               for k, v in config.items() if k not in FREE and state[name].get(k) != v]
+               for k, v in config.items() if k not in FREE and state[name].get(k, v) != v]
     if changed and own and not (cfg.resume and os.path.samefile(path, cfg.resume)):
         raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
                          f"another --output_dir for a new run, or --resume {path} to go on with "
@@ -412,6 +444,25 @@ def find_resume(cfg, configs):
         raise ValueError(f"--resume {cfg.resume} is of another model ({', '.join(changed)}); "
                          f"--finetune takes over what fits")
     return {**state, "changed": notes + changed, "damaged": bool(notes)}
+
+
+def cut_log(path, epoch, step):
+    """A log goes on where the checkpoint does: drops records of steps that will be done again, and
+    a line that was cut off."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
+                kept.append(line)
+    with open(path + ".tmp", "w") as file:
+        file.writelines(kept)
+    os.replace(path + ".tmp", path)
 
 
 # -- logs and pictures ---------------------------------------------------------------------------
@@ -528,10 +579,24 @@ def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
     """Optimizer step `at` on this process's parts; returns their losses, summed and detached.
 
     counts: loss_counts of the whole step per process. As every part is divided by them, gradients
-    add up to those of the whole batch, however it is split over parts and processes.
+    add up to those of the whole batch, however it is split over parts and processes. From the first
+    step on whose loss or gradient is not finite the weights stay as they are; "lost" counts those
+    steps, so that the host can see it when it next waits for the device.
     """
-    model_cfg, _, cfg = configs
-    classifier = isinstance(model_cfg, MetaFormerConfig)
+    totals = add_gradients(model, parts, counts, configs, at, device, dtype)
+    limit = configs[2].clip_max_norm or math.inf
+    norm = totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    lost = getattr(optimizer, "found_inf", torch.zeros_like(norm))
+    # the fused optimizer does nothing where this is 1
+    optimizer.found_inf = lost.maximum((~(totals["loss"] + norm).isfinite()).float())
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**totals, "lost": optimizer.found_inf}
+
+
+def add_gradients(model, parts, counts, configs, at, device, dtype):
+    """Forward and backward of all parts; returns their losses, summed and detached."""
+    classifier = isinstance(configs[0], MetaFormerConfig)
     part_losses = classifier_losses if classifier else detector_losses
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
     totals = {}
@@ -544,11 +609,118 @@ def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
         for name, value in losses.items():
             share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
             totals[name] = totals.get(name, 0) + share * value.detach()
-    limit = cfg.clip_max_norm or math.inf
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    optimizer.step()
-    optimizer.zero_grad()
     return totals
+
+
+def seed_step(cfg, at, rank, world):
+    """Dropout and stochastic depth of step `at` depend on nothing before it."""
+    torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)
+
+
+# -- when a step fails ---------------------------------------------------------------------------
+
+# what a step is made of, besides its number
+Run = namedtuple("Run", "model loader configs rank world device dtype")
+
+
+def name_step(run, at, parts):
+    """Where the run is, as the terminal counts, and the ids of the images at hand."""
+    dataset, (epoch, step) = run.loader.dataset, divmod(at, run.loader.batch_sampler.steps)
+    index = [t["index"] for *_, targets in parts for t in targets]
+    ids = [os.fsdecode(i) if isinstance(i, bytes) else i
+           for i in np.asarray(dataset.image_ids)[index].tolist()]
+    return f"epoch {epoch + 1}, step {step + 1}, rank {run.rank}, images {ids}", ids
+
+
+def explain(error, run, at, parts):
+    """A ValueError that says what can be said of an error in step `at`; others are raised again."""
+    text, cfg = str(error), run.configs[2]
+    where, _ = name_step(run, at, parts)
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
+        shapes = [tuple(images.shape) for images, *_ in parts]
+        objects = sum(len(t["labels"]) for *_, targets in parts for t in targets)
+        return ValueError(
+            f"{where}: out of memory with images of {shapes} and {objects} objects "
+            f"({text.splitlines()[0]}). A larger --accumulate splits the step without changing "
+            f"it; a smaller --image_size and --max_size or --dtype bfloat16 need less; "
+            f"{cfg.output_dir}/ckpt.pt is as it was")
+    if isinstance(error, ValueError):
+        return explain_not_finite(run, at, text) if "finite" in text else ValueError(
+            f"{where}: {text}")
+    raise error
+
+
+def explain_not_finite(run, at, text):
+    """Repeats step `at` alone, with the weights before it, and writes its batch and those weights
+    to nan_batch.pt; returns the ValueError that names the first place that is not finite."""
+    if dist.is_initialized():
+        dist.destroy_process_group()               # the other processes may not come along
+    (model_cfg, _, cfg), sampler, dataset = run.configs, run.loader.batch_sampler, run.loader.dataset
+    sampler.set_epoch(*divmod(at, sampler.steps))
+    keys = itertools.islice(sampler, cfg.accumulate)
+    parts = [collate([dataset[key] for key in part]) for part in keys]
+    counts = sum(loss_counts(targets, getattr(model_cfg, "num_queries", 1))
+                 for *_, targets in parts)
+    losses = {}
+
+    def repeat():
+        seed_step(cfg, at, run.rank, run.world)
+        losses.update(add_gradients(run.model, parts, counts, run.configs, at, run.device,
+                                    run.dtype))
+    place = find_not_finite(run.model.train(), repeat)
+    where, ids = name_step(run, at, parts)
+    if not place and run.world > 1:
+        return ValueError(f"{where}: {text}, but not in this process's share: see the others")
+    epoch, step = divmod(at, sampler.steps)
+    terms = {k: v.item() for k, v in losses.items() if not k[-1].isdigit()}
+    path = os.path.join(cfg.output_dir, f"nan_batch{f'_{run.rank}' if run.rank else ''}.pt")
+    try:
+        torch.save(dict(epoch=epoch, step=step, rank=run.rank, image_ids=ids, parts=parts,
+                        losses=terms, place=place, model=run.model.state_dict()), path)
+        kept = f"batch and weights are in {path}"
+    except (OSError, RuntimeError) as error:
+        kept = f"{path} cannot be written ({error})"
+    return ValueError(
+        f"{where}: {text}\n  first not finite: {place or 'nothing, when the step was repeated'}"
+        f"\n  losses of this process: {terms or 'none'}\n  {kept}; {cfg.output_dir}/ckpt.pt is as "
+        f"it was\n  usual causes: --lr {cfg.lr} or --lr_backbone is too high for this model, no "
+        f"--warmup_steps, no --clip_max_norm, or weights taken over that hold NaN")
+
+
+def find_not_finite(model, compute):
+    """The first place that is not finite while compute() runs the model forward and backward, by
+    the name of its module; "" if there is none."""
+    found = []
+
+    def look(what, values):
+        if not found and not all(v.isfinite().all() for v in values):
+            found.append(what)
+
+    def watch(name, module):
+        def hook(module, inputs, output):
+            look(f"the weights of {name}", module.parameters(recurse=False))
+            output = output if isinstance(output, (tuple, list)) else [output]
+            values = [v for v in output if torch.is_tensor(v) and v.is_floating_point()]
+            look(f"the output of {name}", values)
+            for v in values:
+                if v.requires_grad:
+                    v.register_hook(
+                        lambda grad: look(f"the gradient at the output of {name}", [grad]))
+        return module.register_forward_hook(hook)
+    hooks = [watch(name or "the model", module) for name, module in model.named_modules()]
+    try:
+        compute()
+    except ValueError:                             # what cannot be matched has been looked at
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, p in model.named_parameters():
+        look(f"the gradient of {name}", [] if p.grad is None else [p.grad])
+    return found[0] if found else ""
+
+
+# -- the run -------------------------------------------------------------------------------------
 
 
 def prepare_model(model_cfg, cfg, state, classes, device, say):
@@ -639,15 +811,16 @@ def banner(cfg, model, train, val, loader, world, where):
 
 def catch_signals():
     """A dict whose "stop" becomes 1.0 on Ctrl-C or SIGTERM, and "code" 130 or 143, the shell's
-    custom; a second Ctrl-C ends at once."""
-    flag = {"stop": 0.0, "code": 130}
+    custom. A second Ctrl-C ends at once, and so does any while "safe": all is in the checkpoint."""
+    flag = {"stop": 0.0, "code": 130, "safe": False}
 
     def handler(number, frame):
-        if flag["stop"] and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not flag["stop"] and os.environ.get("RANK", "0") == "0":
-            print("\nstopping after this step or evaluation (Ctrl-C again: at once)", flush=True)
-        flag["stop"], flag["code"] = 1.0, 128 + number
+        first, flag["stop"], flag["code"] = not flag["stop"], 1.0, 128 + number
+        if flag["safe"] or not first and number == signal.SIGINT:
+            sys.exit(flag["code"])
+        if first and os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this step; the same command goes on (Ctrl-C again: at once)",
+                  flush=True)
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
     return flag
@@ -685,20 +858,24 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     out = os.path.join(cfg.output_dir, "")
     if rank == 0:
-        os.makedirs(out, exist_ok=True)
+        check_output_dir(out, bare)
     say(banner(cfg, bare, train_set, val_set, train_loader, world, f"{device}, {str(dtype)[6:]}"))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        say(f"restart  {os.environ['TORCHELASTIC_RESTART_COUNT']} of torchrun")
 
     # where the run is: `step` steps of `epoch` are done, their losses add up to `sums`
     epoch, step, sums, best_ap = 0, 0, {}, -1.0
     if state:
         epoch, step, sums, best_ap = (state[k] for k in ("epoch", "step", "sums", "best_ap"))
-        say(f"resumed  at epoch {epoch}, step {step}", *state["changed"])
+        say(f"resumed  at epoch {epoch + 1}, step {step}", *state["changed"])
+        for name in ("log.txt", "steps.txt") if rank == 0 else ():
+            cut_log(out + name, epoch, step)
     if epoch >= cfg.epochs:
         say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
 
     damaged, saved = bool(state and state["damaged"]), time.time()
 
-    def save(keep_previous):
+    def save(name="ckpt.pt", keep_previous=False):
         nonlocal damaged, saved
         if rank == 0:
             state = dict(
@@ -706,9 +883,10 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
                 category_ids=getattr(train_set, "category_ids", None), epoch=epoch, step=step,
                 sums=sums, best_ap=best_ap, model=bare.state_dict(),
                 optimizer=optimizer.state_dict())
-            save_checkpoint(out + "ckpt.pt", state, keep_previous and not damaged)
+            save_checkpoint(out + name, state, keep_previous and not damaged)
         damaged, saved = False, time.time()
 
+    run = Run(bare, train_loader, (model_cfg, loss_cfg, cfg), rank, world, device, dtype)
     interrupt, begin, done = catch_signals(), time.time(), 0
     while epoch < cfg.epochs:
         sampler.set_epoch(epoch, step)
@@ -730,27 +908,22 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             stopping, saving = counts[3] > 0, counts[4] > 0              # the same on all processes
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(cfg, at, steps)
-            torch.manual_seed((cfg.seed * 1_000_003 + at) * world + rank)                # dropout
+            seed_step(cfg, at, rank, world)
             try:
-                new = train_step(model, optimizer, parts, counts[:3] / world,
-                                 (model_cfg, loss_cfg, cfg), at, device, dtype)
-            except ValueError as error:
-                ids = [train_set.image_ids[t["index"]] for *_, targets in parts for t in targets]
-                ids = [os.fsdecode(i) if isinstance(i, bytes) else str(i) for i in ids]
-                hint = "a lower --lr may help; " if "finite" in str(error) else ""
-                raise ValueError(f"epoch {epoch}, step {step}, images {ids}: {error}; "
-                                 f"{hint}{out}ckpt.pt is as it was") from None
+                new = train_step(model, optimizer, parts, counts[:3] / world, run.configs, at,
+                                 device, dtype)
+            except (ValueError, RuntimeError) as error:
+                raise explain(error, run, at, parts) from None
             losses = {k: losses.get(k, 0) + v.double() for k, v in new.items()}
             step, done, count = step + 1, done + 1, count + 1
             if count == cfg.log_every or step == steps or stopping or saving:
                 # the only place, besides the matching, where the host waits for the device
+                lost = int(losses.pop("lost"))
                 total = sum_over_processes(torch.stack(list(losses.values())).cpu()) / world
                 losses = dict(zip(losses, total.tolist()))
-                if not all(map(math.isfinite, losses.values())):     # before anything is saved
-                    bad = [k for k, v in losses.items() if not math.isfinite(v)]
-                    raise ValueError(f"epoch {epoch}, among the {count} steps up to step {step}: "
-                                     f"{', '.join(bad[:3])} not finite; a lower --lr may help; "
-                                     f"{out}ckpt.pt is as it was")
+                bad = [k for k, v in losses.items() if not math.isfinite(v)]
+                if bad:                                              # before anything is saved
+                    raise explain_not_finite(run, at + 1 - max(lost, 1), f"{bad[0]} is not finite")
                 sums = {k: sums.get(k, 0.0) + v for k, v in losses.items()}
                 seconds = time.time() - since
                 record = dict(
@@ -768,7 +941,7 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
             if saving and step < steps:
                 save(keep_previous=True)
         save(keep_previous=True)                     # before the evaluation, which may fail
-        if stopping:                                 # not interrupt: all processes leave together
+        if sum_over_processes(torch.tensor(interrupt["stop"])) > 0:  # so all leave together
             say(f"stopped; the same command goes on from {out}ckpt.pt")
             return interrupt["code"]
 
@@ -776,21 +949,22 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
         record["train_lr"] = optimizer.param_groups[0]["lr"]
         epoch, step, sums, is_best = epoch + 1, 0, {}, False
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
+            interrupt["safe"] = True
             result = evaluate(bare, val_loader, device, dtype)
+            interrupt["safe"] = False
             score, line, entries = evaluation_report(result)
             is_best, best_ap = score > best_ap, max(best_ap, score)
             record.update(entries)
             say(f"epoch {epoch:3d}/{cfg.epochs}  {line}  on {len(val_set)} images, "
                 f"{clock(time.time() - begin)} since the start")
-        save(keep_previous=False)
+            if rank == 0:
+                draw_predictions(result["rows"], val_set).save(out + "predictions.jpg")
         if rank == 0:
             append_json(out + "log.txt", {**record, "epoch": epoch - 1, "n_parameters": sum(
                 p.numel() for p in bare.parameters() if p.requires_grad)})
-            if is_best:
-                shutil.copyfile(out + "ckpt.pt", out + "best.pt.tmp")
-                os.replace(out + "best.pt.tmp", out + "best.pt")
-            if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
-                draw_predictions(result["rows"], val_set).save(out + "predictions.jpg")
+        if is_best:
+            save("best.pt")
+        save()                                       # last: what is killed before is done again
     return 0
 
 
@@ -801,14 +975,25 @@ def main(argv=None):
         configs = make_configs(given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    rank = os.environ.get("RANK", "0")
+    rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
         code = train(*configs, *start_processes(configs[2].device))
     except (ValueError, OSError) as error:
-        text = str(error).split("ValueError: ")[-1].strip()          # without a worker's traceback
-        code = f"error{f' on rank {rank}' if rank != '0' else ''}: {text}"
+        text = re.split(r"\n\w+Error: ", str(error))[-1].strip()     # without a worker's traceback
+        code = f"error{rank}: {text}"
     except KeyboardInterrupt:
         code = 130
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text:              # killed by the system, mostly
+            code = (f"error{rank}: {text.splitlines()[0]} Usually for lack of memory or of "
+                    f"/dev/shm: try a smaller --num_workers")
+        elif dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection|peer", text):
+            code = (f"error{rank}: another process has failed or gone, its own message says why "
+                    f"({text.splitlines()[0][:200]})")
+        else:
+            print(f"error{rank}:", file=sys.stderr, flush=True)      # a bug: with its traceback
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
