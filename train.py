@@ -655,10 +655,10 @@ def explain_not_finite(run, at, text):
     to nan_batch.pt; returns the ValueError that names the first place that is not finite."""
     if dist.is_initialized():
         dist.destroy_process_group()               # the other processes may not come along
-    (model_cfg, _, cfg), sampler, dataset = run.configs, run.loader.batch_sampler, run.loader.dataset
+    (model_cfg, _, cfg), sampler = run.configs, run.loader.batch_sampler
     sampler.set_epoch(*divmod(at, sampler.steps))
     keys = itertools.islice(sampler, cfg.accumulate)
-    parts = [collate([dataset[key] for key in part]) for part in keys]
+    parts = [collate([run.loader.dataset[key] for key in part]) for part in keys]
     counts = sum(loss_counts(targets, getattr(model_cfg, "num_queries", 1))
                  for *_, targets in parts)
     losses = {}
