@@ -254,7 +254,13 @@ def start_processes(device):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):         # all on this machine
+            # torchrun keeps the store, and in it the addresses of processes before a restart
+            # (pytorch issue 135712); machines may count their restarts differently
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", store=store,
+                                rank=rank, world_size=world)
     return rank, world, device
 
 
