@@ -2220,6 +2220,10 @@ CLASSIFIER = """--model metaformer_tiny --depths 1,1,1,1 --widths 8,8,8,8 --imag
     --warmup_steps 2 --mixup 0.8 --cutmix 1 --smoothing 0.1 --log_every 1 --num_workers 0
     --device cpu --dtype float32 --seed 1""".split()
 
+SIZES = "--train_shapes", "24", "--val_shapes"                    # of the built-in data alone
+TINY_FILES, CLASSIFIER_FILES = ([o for o, before in zip(options, [""] + options) if o not in SIZES
+                                 and before not in SIZES] for options in (TINY, CLASSIFIER))
+
 
 @pytest.fixture(autouse=True)
 def leave_no_trace(tmp_path, monkeypatch):
@@ -3108,6 +3112,15 @@ def test_a_batch_that_cannot_be_split_is_an_error():
         assert word in message
 
 
+def test_a_flag_without_effect_is_an_error(capsys):
+    for options, name in ((["--lr_drop", 3], "--lr_drop"), (["--warmup_epochs", 1,
+                          "--warmup_steps", 2], "--warmup_epochs"),
+                          (["--schedule", "step", "--min_lr", 1], "--min_lr"),
+                          (["--data", "x", "--train_shapes", 9], "--train_shapes")):
+        assert run(*options) == 2
+        assert f"no effect here: {name} (needs" in capsys.readouterr().err
+
+
 def test_an_explicit_flag_wins_over_the_preset():
     given = dict(model="detr_r18", epochs=3, lr=0.5, lr_backbone=0.25, batch_size=2, image_size=40,
                  max_size=48, augment=True, schedule="step", warmup_steps=7, dropout=0.3, overfit=4,
@@ -3165,7 +3178,7 @@ def reference_stats(gt, dt):
 def test_own_coco_files_train_and_evaluate_with_their_own_ids(tmp_path):
     files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 5)
     out = tmp_path / "out"
-    assert run(*TINY, *files, "--image_size", 64, "--max_size", 96, "--epochs", 1,
+    assert run(*TINY_FILES, *files, "--image_size", 64, "--max_size", 96, "--epochs", 1,
                "--output_dir", out) == 0
     assert {p.name for p in out.iterdir()} >= {"ckpt.pt", "best.pt", "log.txt", "steps.txt"}
     for name in ("first_batch.jpg", "predictions.jpg"):
@@ -3204,7 +3217,7 @@ def test_overfit_trains_and_evaluates_on_the_first_images_with_objects(tmp_path,
     configs = train.TrainConfig, ModelConfig, LossConfig
     for data, ids in (([], [1, 2, 3, 4]), (files, [958, 965, 972, 979])):       # the lowest ids
         out = f"out{len(data)}"
-        options = [*TINY, *data, "--overfit", 4, "--no-augment", "--output_dir", out]
+        options = [*TINY_FILES, *data, "--overfit", 4, "--no-augment", "--output_dir", out]
         _, given = train.read_options(list(map(str, options)), *configs)
         model_cfg, _, cfg = train.make_configs(given)
         train_set, val_set = train.build_datasets(cfg, model_cfg)
@@ -3219,7 +3232,7 @@ def test_overfit_trains_and_evaluates_on_the_first_images_with_objects(tmp_path,
 def test_evaluate_py_takes_the_same_images_as_overfit_did(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "OVERFIT_REPEATS", 4)
     files = coco_files(tmp_path, "train", 7) + coco_files(tmp_path, "val", 2)
-    assert run(*TINY, *files, "--overfit", 4, "--no-augment", "--output_dir", "out") == 0
+    assert run(*TINY_FILES, *files, "--overfit", 4, "--no-augment", "--output_dir", "out") == 0
     evaluate.main(["out/ckpt.pt", "--save_json", "dt.json", "--num_workers", "0"])
     assert {d["image_id"] for d in json.load(open("dt.json"))} == {958, 965, 972, 979}
 
@@ -3229,7 +3242,7 @@ def test_train_and_val_with_other_categories_are_an_error_that_lists_them(tmp_pa
     others = {7: "dog", 3: "cat"}, {**IDS, 4: "elk"}, {7: "dog", 90: "owl", 3: "Cat"}
     for k, names in enumerate(others):
         (tmp_path / f"{k}").mkdir()
-        message = run(*TINY, *files, *coco_files(tmp_path / f"{k}", "val", 3, names))
+        message = run(*TINY_FILES, *files, *coco_files(tmp_path / f"{k}", "val", 3, names))
         assert message.startswith("error") and "val.json" in message
         assert ["owl", "elk", "Cat"][k] in message
 
@@ -3539,7 +3552,7 @@ def colour_folders(root, colours=COLOURS, train_images=8, val_images=3):
 
 
 def folder_run(root, out, *options):
-    return run(*CLASSIFIER, "--data", root, "--output_dir", out, "--lr", 0.02, *options)
+    return run(*CLASSIFIER_FILES, "--data", root, "--output_dir", out, "--lr", 0.02, *options)
 
 
 def test_class_folders_train_and_evaluate(tmp_path, capsys):

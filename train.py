@@ -217,6 +217,14 @@ def make_configs(given):
         raise ValueError(f"{', '.join(wrong)}: no option of {cfg.model}, a "
                          + ("classifier, which has --mixers for --mixer, and --finetune for "
                             "--backbone_weights" if classifier else "detector, which has --mixer"))
+    idle = [f"--{name} (needs {need})" for name, need, given_ in (
+        ("lr_drop", "--schedule step", cfg.schedule == "step"),
+        ("min_lr", "--schedule cosine", cfg.schedule == "cosine"),
+        ("warmup_epochs", "--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
+        ("train_shapes", "the built-in data", "shape" in kind),
+        ("val_shapes", "the built-in data", "shape" in kind)) if name in asked and not given_]
+    if idle:
+        raise ValueError(f"no effect here: {', '.join(idle)}")
     model_cfg = MODELS[cfg.model]
     if not classifier and cfg.backbone_weights == "none" and not cfg.finetune:
         model_cfg = replace(model_cfg, backbone_norm="batch")        # nothing to freeze yet
