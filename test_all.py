@@ -47,7 +47,7 @@ import predict
 import train
 from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
                   cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, overlap, Plan,
-                  plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized,
+                  plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized, show,
                   ShapesClassification, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
@@ -376,6 +376,136 @@ def test_unreadable_images_and_wrong_sizes_are_errors_that_name_the_file(tmp_pat
             read_image(tmp_path / name, (48, 64))
     with pytest.raises(FileNotFoundError, match="none.jpg"):
         read_image(tmp_path / "none.jpg")
+
+
+# -- data.py: what can be wrong with a data set ---------------------------------------------------
+
+ODD_VALUES = (
+    None, True, False, 0, 1, -1, 2, 3.5, -3.5, 1e-300, 1e15, 1e30, -1e30, 10**30, -10**30, 2**31,
+    2**53, 2**63 - 1, 2**63, 2**64, -2**63, 1e308, math.nan, math.inf, -math.inf, "", "a", "7", " ",
+    "\ud800", "\udcff", "\0", "0.png\0", "a\nb", "a\u2028b", "\u202ea", "\U0001f9a7", "e\u0301",
+    "x" * 300, "x" * 100_000, "../0.png", "/etc/passwd", "C:\\0.png", "..\\0.png", ".", "folder",
+    [], {}, [[]], [1, 2, 3, 4], [1, [2], 3, 4], [1, 2, 3], [-5, -5, 3, 3], [0, 0, 0, 0],
+    [1e14, 0, 1e14, 1], [0, 0, 1e-40, 1e-40], [1, 1, math.nan, 1], ["1", 1, 1, 1], {"id": 1})
+
+
+def nodes(tree, path=()):
+    """(container, key, path) of everything in a tree of lists and dicts."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key, (*path, key)
+        if isinstance(tree[key], (dict, list)):
+            yield from nodes(tree[key], (*path, key))
+
+
+def mutate(content, rng):
+    """Change one thing in a COCO dict; how the record may be called in a message: a set."""
+    node, key, path = rng.choice([n for n in nodes(content)])
+    def names(path):
+        records = content.get(path[0])
+        if len(path) < 2 or not isinstance(records, list) or len(records) <= path[1]:
+            return {f'"{path[0]}"', f"list of {path[0]}", f"{path[0]}["}
+        id_ = records[path[1]].get("id") if isinstance(records[path[1]], dict) else None
+        return {f"{path[0]}[{path[1]}]", f"number {path[1]}", show(id_)}
+    before, kind, old = names(path), rng.randrange(12), node[key]
+    if kind < 4:
+        node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+    elif kind == 4:
+        del node[key]
+        return before | {path[0]}                                    # the next one has its number
+    elif kind == 5 and isinstance(node, list):
+        node.insert(rng.randrange(len(node) + 1), copy.deepcopy(old))
+        return before | {path[0]}
+    elif kind == 5:
+        node[rng.choice(("", "id", "bbox", "\ud800", "extra"))] = node.pop(key)
+    elif kind == 6:
+        node[key] = rng.choice(([old], {"x": old}, str(old), [old] * 4))
+    elif kind > 6 and isinstance(old, (int, float)):
+        node[key] = rng.choice((-old, old + 0.5, old + 1, old * 1e30, old * 10**30, float(old),
+                                old / 3, 2 * old, str(old)))
+    else:
+        other, k, to = rng.choice([n for n in nodes(content) if n[2][:len(path)] != path])
+        if path[:len(to)] != to:
+            before |= names(to)
+            node[key], other[k] = copy.deepcopy(other[k]), copy.deepcopy(old)
+            return before | names(path) | names(to) | {path[0], to[0]}
+    return before | names(path)
+
+
+def mutate_text(text, rng):
+    """Change the bytes of a JSON file."""
+    at = rng.randrange(len(text))
+    odd = rng.choice((b"\xff", b"\0", b"[" * 100_000, b"{}", b"1e400", b"9" * 5000, b"NaN", b"'",
+                      b'"\\ud800"', b"\\", b"\xef\xbb\xbf", b"-", b",", b"//", b"[" * 900))
+    return rng.choice((text[:at], text[:at] + odd + text[at:], text[:at] + odd + text[at + 1:],
+                       b"\xef\xbb\xbf" + text, text * 2, odd, b"", text.decode().encode("utf-16")))
+
+
+def use(json_path, folder, train):
+    """Everything that a run does with a data set; with `train`, a step of training as well."""
+    dataset = CocoDataset(json_path, folder, 32, 64, augment=True)
+    n, columns = len(dataset), dataset.columns()
+    assert all(len(columns[k]) == len(columns["box"]) for k in columns)
+    assert all(np.isfinite(columns[k]).all() for k in ("box", "area"))
+    assert json.dumps([dataset.classes, dataset.category_ids]).encode()
+    assert len(set(dataset.image_ids.tolist())) == n
+    for sampler in (TrainSampler(dataset, min(2, n), 0), EvalSampler(dataset, 2)):
+        assert all(0 < v < 1000 for i in range(n) for v in dataset.plan(0, i).size)
+        for batch in sampler:
+            images, valid, targets = collate([dataset[key] for key in batch])
+            for target in targets:
+                corners = cxcywh_to_xyxy(target["boxes"])
+                assert ((corners > -1e-4) & (corners < 1.0001)).all()
+                assert (target["labels"] < len(dataset.classes)).all()
+    if train:
+        model = build_model("detr_tiny", num_classes=len(dataset.classes))
+        logits, boxes = model(images, valid)
+        loss = set_loss(logits, boxes, targets)["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters()
+                                       if p.grad is not None)
+
+
+def fuzz(root, seeds, train_every):
+    """Counts of what became of mutated COCO files: "fault", "size" (of the image file) or "used"."""
+    Image.new("RGB", (8, 6)).save(root / "0.png")
+    Image.new("RGB", (5, 9)).save(root / "1.png")
+    Image.new("RGB", (1, 50)).save(root / "2.png")
+    (root / "folder").mkdir(exist_ok=True)
+    path, counts = root / "mutant.json", dict(fault=0, size=0, used=0)
+    for seed in seeds:
+        rng = random.Random(seed)
+        content = {
+            "images": [dict(id=i, file_name=f"{k}.png", width=w, height=h)
+                       for k, (i, w, h) in enumerate(((900, 8, 6), (2, 5, 9), (40, 1, 50)))],
+            "categories": [dict(id=i, name=n) for i, n in ((90, "zebra"), (7, "ant"), (13, "mole"))],
+            "annotations": [annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in (
+                (701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
+                (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))]}
+        names = set()
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            names |= mutate(content, rng)
+        text = json.dumps(content).encode()
+        if rng.random() < 0.2:
+            text, names = mutate_text(text, rng), {"mutant.json"}
+        path.write_bytes(text)
+        try:
+            use(path, root, counts["used"] % train_every == train_every - 1)
+            counts["used"] += 1
+        except ValueError as error:
+            message = str(error)
+            kind = "size" if "annotations say" in message else "fault"
+            counts[kind] += 1
+            message.encode()                                         # can be printed
+            wanted = {"image id"} if kind == "size" else names
+            assert str(path) in message or kind == "size", (seed, message)
+            assert any(name in message for name in wanted), (seed, wanted, message)
+            assert len(message) < 10_000, seed
+    return counts
+
+
+def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
+    counts = fuzz(tmp_path, range(600), train_every=10)
+    assert counts["fault"] > 400 and counts["used"] > 40 and sum(counts.values()) == 600
 
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
