@@ -559,7 +559,9 @@ def coco_faults(data, path, image_dir):
             yield data, f"{path}: the list of {key} is empty"
         if key != "annotations" and len({type(v) for v in seen}) > 1:
             yield data, f"{path}: {key} mix integer and string ids, use one of them"
-    there = {f.name for f in os.scandir(image_dir) if f.is_file()} if image_dir else set()
+    there = set()                                # of plain files; links are asked one by one
+    if image_dir:
+        there = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
     checks = (("images", "image", lambda r: image_faults(r, image_dir, there)),
               ("categories", "category", lambda r: category_faults(r, names)),
               ("annotations", "annotation",

@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -46,9 +47,10 @@ import model as model_py
 import predict
 import train
 from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
-                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, overlap, Plan,
-                  plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized, show,
-                  ShapesClassification, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
+                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, open_images,
+                  overlap, Plan, plan_training, rand_augment, RAND_AUGMENT, random_erase,
+                  read_image, resized, ShapesClassification, ShapesDataset, show, TrainSampler,
+                  xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
 from matcher import match
@@ -466,7 +468,7 @@ def use(json_path, folder, train):
 
 
 def fuzz(root, seeds, train_every):
-    """Counts of what became of mutated COCO files: "fault", "size" (of the image file) or "used"."""
+    """Counts of what became of mutated COCO files: "fault", "size" (of an image file), "used"."""
     Image.new("RGB", (8, 6)).save(root / "0.png")
     Image.new("RGB", (5, 9)).save(root / "1.png")
     Image.new("RGB", (1, 50)).save(root / "2.png")
@@ -477,7 +479,8 @@ def fuzz(root, seeds, train_every):
         content = {
             "images": [dict(id=i, file_name=f"{k}.png", width=w, height=h)
                        for k, (i, w, h) in enumerate(((900, 8, 6), (2, 5, 9), (40, 1, 50)))],
-            "categories": [dict(id=i, name=n) for i, n in ((90, "zebra"), (7, "ant"), (13, "mole"))],
+            "categories": [dict(id=i, name=n) for i, n in (
+                (90, "zebra"), (7, "ant"), (13, "mole"))],
             "annotations": [annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in (
                 (701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
                 (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))]}
@@ -506,6 +509,142 @@ def fuzz(root, seeds, train_every):
 def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
     counts = fuzz(tmp_path, range(600), train_every=10)
     assert counts["fault"] > 400 and counts["used"] > 40 and sum(counts.values()) == 600
+
+
+def png(width, height, pixels):
+    """A grey PNG file that claims this size, whatever its compressed pixels hold."""
+    def chunk(kind, body):
+        return struct.pack(">I4s", len(body), kind) + body + struct.pack(
+            ">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, *4 * [0]))
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+
+
+def saved(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def broken_images():
+    """{name: (bytes, what the error says, or None where it reads as `PICTURE` within 16)}."""
+    still, fine = PICTURE.quantize(64), dict(quality=95, subsampling=0)
+    jpeg, flat = saved(PICTURE, "JPEG", **fine), bytes(49 * 64)
+    files = {f"cut.{format}": (saved(PICTURE, format)[:-60], "")
+             for format in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm")}
+    exif = saved(PICTURE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" * 3, **fine)
+    return files | {
+        "empty.jpg": (b"", "cannot identify"), "text.jpg": (b"404: not found", "cannot identify"),
+        "page.jpg": (b"<!DOCTYPE html><html>" + b" " * 5000, "cannot identify"),
+        "noise.png": (bytes(range(256)) * 9, "cannot identify"),
+        "crc.png": (png(48, 64, flat).replace(b"\x08\0\0\0\0", b"\x08\0\0\0\1"), ""),
+        "short.png": (png(48, 64, flat[:99]), "truncated"), "zero.png": (png(0, 0, b""), ""),
+        "claims.png": (png(60_000, 60_000, flat), "decompression bomb"),
+        "bomb.png": (png(13_400, 13_400, bytes(13_401 * 13_400)), "decompression bomb"),
+        "tables.jpg": (re.sub(rb"\xff\xdb\0C.{65}", b"", jpeg, flags=re.S), "broken data stream"),
+        "floats.tif": (saved(PICTURE.convert("F"), "TIFF"), "mode F"),
+        "size.png": (saved(PICTURE.crop((0, 0, 48, 63)), "PNG"), "48 x 63 .*say 48 x 64"),
+        "exif.jpg": (exif, None), "tail.jpg": (jpeg + b"\0" * 999, None),
+        "png.jpg": (saved(PICTURE, "PNG"), None),
+        "moving.gif": (saved(still, "GIF", save_all=True, append_images=[still.rotate(90)]), None),
+        "cmyk.jpg": (saved(PICTURE.convert("CMYK"), "JPEG", **fine), None)}
+
+
+PICTURE = Image.fromarray(np.stack([*np.meshgrid(np.arange(48) * 5, np.arange(64) * 3),
+                                    np.full((64, 48), 120)], 2).astype(np.uint8))
+
+
+def first_batch(dataset):
+    """Of a loader with a worker, which is ended at once and not when garbage is collected."""
+    batches = iter(DataLoader(dataset, num_workers=1, collate_fn=collate))
+    try:
+        return next(batches)
+    finally:
+        batches._shutdown_workers()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_images_are_errors_that_name_file_and_id_or_read_to_the_right_pixels(tmp_path):
+    files = broken_images()
+    assert len(files) >= 22
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = [dict(id=f"no {k}", file_name=name, width=48, height=64)
+               for k, name in enumerate(sorted(files))]
+    (tmp_path / "a.json").write_text(json.dumps(dict(
+        images=records, annotations=[], categories=[dict(id=1, name="a")])))
+    dataset = CocoDataset(tmp_path / "a.json", tmp_path)
+    names = [name.decode() for name in dataset.files]
+    for i, name in enumerate(names):
+        if files[name][1] is None:
+            difference = np.array(dataset.read(i)).astype(int) - np.array(PICTURE)
+            assert np.abs(difference).max() <= 16, name
+            continue
+        who = f"{re.escape(str(tmp_path / name))} .image id {dataset.image_ids[i]}"
+        with pytest.raises(ValueError, match=f"{who}.*{files[name][1]}"):
+            dataset[i]
+    sizes, faults, (note,) = open_images(dataset, 2)                 # the same in loader workers
+    bad = [name for name in names if files[name][1] is not None]
+    assert len(sizes) == len(names) - len(bad) and len(faults) == len(bad)
+    assert all(f"{tmp_path / name} (image id no " in fault for name, fault in zip(bad, faults))
+    assert re.search("exif.jpg: Corrupt EXIF data", note)
+    with pytest.raises(ValueError, match=rf"{names[0]} .image id {dataset.image_ids[0]}. cannot"):
+        first_batch(dataset)
+
+
+def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
+    json_path, folder = write_coco(tmp_path)
+    dataset, path = CocoDataset(json_path, folder), folder / "2.png"
+    words = "2.png .image id 2. not found, or no file"
+    for kind, make in dict(
+            gone=lambda: None, folder=path.mkdir, pipe=lambda: os.mkfifo(path),
+            link=lambda: path.symlink_to("none.png"), circle=lambda: path.symlink_to("2.png"),
+            socket=lambda: socket.socket(socket.AF_UNIX).bind(str(path))).items():
+        path.unlink()
+        make()
+        with pytest.raises(FileNotFoundError, match=words):
+            dataset[0]
+        if kind == "pipe":                       # a loader worker does not wait either
+            with pytest.raises(FileNotFoundError, match=words):
+                first_batch(dataset)
+        with pytest.raises(ValueError, match="image 2: file .*2.png not found, or no file"):
+            CocoDataset(json_path, folder)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.touch()
+    path.chmod(0)
+    if os.geteuid():                                                 # root may read everything
+        with pytest.raises(ValueError, match="2.png .image id 2.*Permission denied"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("name", [
+    "../900.png", "a/../../900.png", "/etc/passwd", "//host/900.png", "\\900.png", "C:\\900.png",
+    "c:900.png", "..\\900.png", "a\\..\\900.png", "\\\\host\\share\\900.png", "..", "a/.."])
+def test_file_names_cannot_lead_out_of_the_image_folder(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    json_path, _ = write_coco(tmp_path, annotations=[], images=[
+        dict(id=900, file_name=name, width=64, height=48)])
+    with pytest.raises(ValueError, match="image 900: file_name .* leads out of the image folder"):
+        CocoDataset(json_path, tmp_path / "images")
+
+
+def test_folders_below_and_links_that_the_user_made_are_followed(tmp_path):
+    (tmp_path / "images/..2").mkdir(parents=True)
+    json_path, _ = write_coco(tmp_path, annotations=[], images=[
+        dict(id=900, file_name="..2/a..b.png", width=64, height=48)])
+    (tmp_path / "images/..2/a..b.png").symlink_to(tmp_path / "900.png")
+    assert CocoDataset(json_path, tmp_path / "images")[0][0][0, 0, 0] == 900 % 256
+
+
+@pytest.mark.parametrize("h, w", [(1, 5000), (5000, 1), (1, 1), (3, 900_000), (999_999, 1)])
+def test_lines_of_pixels_are_resized_to_lines(tmp_path, h, w):
+    assert resized(h, w, 800, 1333) == resized(w, h, 800, 1333)[::-1]
+    plans = [plan_training(h, w, 800, 1333, random.Random(i)) for i in range(50)]
+    for size in [p.size for p in plans] + [resized(h, w, 800, 1333)]:
+        assert 1 <= min(size) and max(size) <= 2 * 1333
+    if h * w <= 5000:
+        image = apply_plan(Image.new("RGB", (w, h)), np.float32([[0, 0, w, h]]), [0], plans[0])[0]
+        assert image.size == plans[0].size[::-1]
 
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
