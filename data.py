@@ -111,7 +111,7 @@ def read_image(path, size=None, note=""):
             raw.load()                           # Image.open alone accepts a truncated file
             image = ImageOps.exif_transpose(raw)
     except Exception as error:                   # a broken file can make Pillow raise anything
-        raise ValueError(f"{name} cannot be read as an image ({type(error).__name__}: {error}): "
+        raise ValueError(f"{name} cannot be read as an image ({str(error) or type(error).__name__}): "
                          f"replace it or remove it from the data set") from None
     if size is not None and (image.height, image.width) != tuple(size):
         if (raw.height, raw.width) != tuple(size):
@@ -896,6 +896,10 @@ class ImageFolder(ClassificationDataset):
         if not found:
             raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
                              f"ImageNet's validation images come, nothing says what they show")
+        odd = [show(name) for name in found if not is_text(name)]
+        if odd:
+            raise ValueError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
+                             f"one line of text in UTF-8, rename them")
         if classes is None and len(found) < 2:
             raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
                              f"a classifier needs two classes or more")
