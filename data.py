@@ -111,8 +111,9 @@ def read_image(path, size=None, note=""):
             raw.load()                           # Image.open alone accepts a truncated file
             image = ImageOps.exif_transpose(raw)
     except Exception as error:                   # a broken file can make Pillow raise anything
-        raise ValueError(f"{name} cannot be read as an image ({str(error) or type(error).__name__}): "
-                         f"replace it or remove it from the data set") from None
+        raise ValueError(f"{name} cannot be read as an image "
+                         f"({str(error) or type(error).__name__}): replace it or remove it from "
+                         f"the data set") from None
     if size is not None and (image.height, image.width) != tuple(size):
         if (raw.height, raw.width) != tuple(size):
             raise ValueError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
@@ -1145,7 +1146,8 @@ def class_table(datasets):
     columns = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
                for d in datasets.values()]
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = [("objects", *datasets), *((n, *(c.get(n, "-") for c in columns)) for n in names)]
+    head = "images" if isinstance([*datasets.values()][0], ImageFolder) else "objects"
+    rows = [(head, *datasets), *((n, *(c.get(n, "-") for c in columns)) for n in names)]
     wide = max(len(row[0]) for row in rows)
     return [f"{name:{wide}s}" + "".join(f" {v:>8}" for v in row) for name, *row in rows]
 
@@ -1161,8 +1163,8 @@ def compare_splits(train, val):
                               for d in (train, val))
     both = sorted(train_files & val_files)
     if both:
-        notes.append(f"note     {len(both)} files are in both splits, the evaluation sees what "
-                     f"was trained on: {', '.join(both[:3])}")
+        notes.append(f"note     {len(both)} file(s) in both splits, so that the evaluation sees "
+                     f"what was trained on: {', '.join(both[:3])}")
     return faults, notes
 
 

@@ -42,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+import data
 import evaluate
 import model as model_py
 import predict
@@ -645,6 +646,86 @@ def test_lines_of_pixels_are_resized_to_lines(tmp_path, h, w):
     if h * w <= 5000:
         image = apply_plan(Image.new("RGB", (w, h)), np.float32([[0, 0, w, h]]), [0], plans[0])[0]
         assert image.size == plans[0].size[::-1]
+
+
+def write_split(root, split, sizes=(8, 8), names=("ant", "bee"), boxes=()):
+    """A split in COCO's layout, of images i of sizes[i] pixels a side; boxes: of image 0, ant."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / f"{split}2017").mkdir()
+    for i, side in enumerate(sizes):
+        Image.new("RGB", (side, side + 2)).save(root / f"{split}2017/{i}.png")
+    (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f"{i}.png", width=s, height=s + 2)
+                for i, s in enumerate(sizes)],
+        categories=[dict(id=k, name=name) for k, name in enumerate(names)],
+        annotations=[annotation(k, 0, 0, box, **more) for k, (box, more) in enumerate(boxes)])))
+
+
+def check_data(capsys, *words):
+    """Exit code and text of python data.py."""
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(w) for w in words])
+    return stop.value.code, re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_data_py_sums_up_a_sound_data_set(tmp_path, capsys):
+    boxes = [((0, 0, 5, 5), {}), ((0, 0, 40, 40), {}), ((0, 0, 99, 99), {}),
+             ((200, 0, 9, 9), {}), ((0, 0, 9, 9), dict(iscrowd=1)), ((0, 0, 9, 9), dict(area=5e3))]
+    write_split(tmp_path, "train", (100, 8, 20), boxes=boxes)
+    write_split(tmp_path, "val")
+    (tmp_path / "val2017/0.png").unlink()
+    (tmp_path / "val2017/0.png").symlink_to(tmp_path / "train2017/1.png")
+    a, b = ((tmp_path / f"annotations/instances_{s}2017.json", tmp_path / f"{s}2017")
+            for s in ("train", "val"))
+    for words in ((tmp_path, "--images"), (*a, *b)):
+        code, text = check_data(capsys, *words)
+        assert code == 0 and text.endswith("no faults\n")
+        for line in ("3 images, 8 to 100 pixels wide (median 20), 10 to 102 high (median 22)",
+                     "2 images without annotations; at most 4 objects to train on in one",
+                     "2 objects small (area under 32 x 32 pixels), 2 medium, 1 large",
+                     "6 boxes; not trained on: 1 crowds, 1 without area inside the image",
+                     "objects train val\nant 6 0\nbee 0 0\n", "1 file(s) in both splits"):
+            assert line in text
+    code, text = check_data(capsys, *a)
+    assert code == 0 and "objects all\nant 6\n" in text
+
+
+def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
+    boxes = [((0, 0, -1, k), {}) for k in range(30)] + [((0, 0, 5, 5), {})]
+    write_split(tmp_path, "train", boxes=boxes)
+    write_split(tmp_path, "val", names=("ant", "cat"))
+    (tmp_path / "train2017/1.png").write_bytes(b"")
+    (tmp_path / "val2017/1.png").unlink()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 2)
+    assert code == 1 and "34 fault(s):" in text and "2017.json, 30 fault(s), see below" in text
+    assert all(f"annotation {k} (image 0): bbox [0, 0, -1, {k}]" in text for k in range(30))
+    assert "train2017/1.png (image id 1) cannot be read as an image" in text
+    assert "image 1: file " in text and "val2017/1.png not found, or no file" in text
+    assert "the validation set lacks classes that the other has: ['bee']" in text
+    assert "the training set lacks classes that the other has: ['cat']" in text
+    assert "at most 1 objects to train on" in text and "\n 1 images, 8 to 8 pixels" in text
+    path = tmp_path / "annotations/instances_val2017.json"
+    for wrong in ("[]", "{", '"/etc/passwd"'):
+        path.write_text(wrong)
+        code, text = check_data(capsys, tmp_path)
+        assert code == 1 and str(path) in text.splitlines()[-1] and "objects train\nant 1" in text
+    with pytest.raises(FileNotFoundError, match="none: give a folder"):
+        data.main([str(tmp_path / "none")])
+
+
+def test_data_py_checks_class_folders(tmp_path, capsys):
+    grey_images(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/1.png", "val/a/1.png",
+                "val/b/1.png")
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 0 and "3 images, 6 to 6 pixels wide (median 6), 4 to 4 high" in text
+    assert "images train val\na 2 1\nb 1 1\nno faults" in text
+    (tmp_path / "val/b/1.png").write_bytes(b"no image")
+    (tmp_path / "val/c").mkdir()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 1 and "val: no images in the class folder(s) ['c']" in text
+    (tmp_path / "val/c").rmdir()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 1 and "val/b/1.png cannot be read as an image" in text.splitlines()[-1]
 
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
@@ -3421,6 +3502,21 @@ def coco_files(folder, split, n, names=IDS):
     return [f"--{split}_json", path, f"--{split}_images", pictures]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("what", ["broken", "gone"])
+def test_an_image_that_fails_in_training_is_one_line(tmp_path, monkeypatch, what, workers):
+    files = coco_files(tmp_path, "train", 40) + coco_files(tmp_path, "val", 2)
+    image, banner = tmp_path / "train_pictures/sub/17.png", train.banner
+
+    def spoil_and_banner(*args):                                     # after the check
+        image.write_bytes(image.read_bytes()[:60]) if what == "broken" else image.unlink()
+        return banner(*args)
+    monkeypatch.setattr(train, "banner", spoil_and_banner)
+    message = run(*TINY, *files, "--num_workers", workers)
+    words = "cannot be read as an image" if what == "broken" else "not found, or no file"
+    assert message.startswith(f"error: {image} (image id 881) {words}") and "\n" not in message
+
+
 def reference_stats(gt, dt):
     """The 12 numbers by pycocotools."""
     COCO = pytest.importorskip("pycocotools.coco").COCO
@@ -3585,13 +3681,15 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone(tmp_path, ca
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
     Image.new("L", (40, 30), 99).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"no image")
+    (tmp_path / "c.jpg").symlink_to("nothing")
     photo = (tmp_path / "a.jpg").read_bytes()
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tmp_path / "w.pth"), str(tmp_path), "--out", str(tmp_path), "--threshold",
                       "0", "--top", "3", "--image_size", "64", "--device", "cpu"])
     assert stop.value.code == 1 and (tmp_path / "a.jpg").read_bytes() == photo
-    good, bad = json.load(open(tmp_path / "predictions.json"))
-    assert "b.jpg" in bad["error"] and Image.open(tmp_path / good["drawn"]).size == (40, 30)
+    good, bad, gone = json.load(open(tmp_path / "predictions.json"))
+    assert "b.jpg" in bad["error"] and "c.jpg not found" in gone["error"]
+    assert Image.open(tmp_path / good["drawn"]).size == (40, 30)
     scores = [d["score"] for d in good["detections"]]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 
