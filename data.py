@@ -1130,15 +1130,21 @@ def describe(dataset, sizes):
         low, middle, high = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int)
         lines[0] += (f", {low[1]} to {high[1]} pixels wide (median {middle[1]}), {low[0]} to "
                      f"{high[0]} high (median {middle[0]})")
-    if isinstance(dataset, CocoDataset):
-        counts = [len(dataset.objects(i)[0]) for i in range(len(dataset))]
-        side = np.sqrt(dataset.area[~dataset.crowd])
-        lines += [f"         {(np.diff(dataset.offsets) == 0).sum()} images without annotations; "
-                  f"at most {max(counts)} objects to train on in one",
-                  f"         {(side < 32).sum()} objects small (area under 32 x 32 pixels), "
-                  f"{((side >= 32) & (side < 96)).sum()} medium, {(side >= 96).sum()} large (over "
-                  f"96 x 96)"]
-    return lines + dataset.notes
+    if not isinstance(dataset, CocoDataset):
+        return lines + dataset.notes
+    counts = [len(dataset.objects(i)[0]) for i in range(len(dataset))]
+    side = np.sqrt(dataset.area[~dataset.crowd])
+    lines += [f"         {counts.count(0)} images without objects to train on; at most "
+              f"{max(counts)} in one",
+              f"         {(side < 32).sum()} objects small (area under 32 x 32 pixels), "
+              f"{((side >= 32) & (side < 96)).sum()} medium, {(side >= 96).sum()} large (over "
+              f"96 x 96)", *dataset.notes]
+    boxes = np.column_stack([dataset.columns()["image"], dataset.labels, dataset.boxes])
+    for what, rows in (("image file(s)", dataset.files), ("box(es) of the same class", boxes)):
+        again = len(rows) - len(np.unique(rows, axis=0))
+        if again:
+            lines.append(f"note     {again} {what} listed once more")
+    return lines
 
 
 def class_table(datasets):

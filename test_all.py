@@ -681,13 +681,18 @@ def test_data_py_sums_up_a_sound_data_set(tmp_path, capsys):
         code, text = check_data(capsys, *words)
         assert code == 0 and text.endswith("no faults\n")
         for line in ("3 images, 8 to 100 pixels wide (median 20), 10 to 102 high (median 22)",
-                     "2 images without annotations; at most 4 objects to train on in one",
+                     "2 images without objects to train on; at most 4 in one",
                      "2 objects small (area under 32 x 32 pixels), 2 medium, 1 large",
                      "6 boxes; not trained on: 1 crowds, 1 without area inside the image",
                      "objects train val\nant 6 0\nbee 0 0\n", "1 file(s) in both splits"):
             assert line in text
+    content = json.loads(a[0].read_text())
+    content["images"].append({**content["images"][2], "id": 99})
+    content["annotations"].append({**content["annotations"][1], "id": 99})
+    a[0].write_text(json.dumps(content))
     code, text = check_data(capsys, *a)
-    assert code == 0 and "objects all\nant 6\n" in text
+    assert "note 1 image file(s) listed once more\nnote 2 box(es) of the same class" in text
+    assert code == 0 and "objects all\nant 7\n" in text
 
 
 def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
@@ -703,7 +708,7 @@ def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
     assert "image 1: file " in text and "val2017/1.png not found, or no file" in text
     assert "the validation set lacks classes that the other has: ['bee']" in text
     assert "the training set lacks classes that the other has: ['cat']" in text
-    assert "at most 1 objects to train on" in text and "\n 1 images, 8 to 8 pixels" in text
+    assert "at most 1 in one" in text and "\n 1 images, 8 to 8 pixels" in text
     path = tmp_path / "annotations/instances_val2017.json"
     for wrong in ("[]", "{", '"/etc/passwd"'):
         path.write_text(wrong)
