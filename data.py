@@ -6,6 +6,9 @@
     dataset = ImageFolder("imagenet", "val")               # imagenet/val/<class>/*.jpg: classifiers
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 8), collate_fn=collate)
 
+    python data.py DIR [--images]                          # check a data set, and print a summary
+    python data.py TRAIN_JSON TRAIN_IMAGES VAL_JSON VAL_IMAGES
+
 Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) float32 cxcywh in
 [0, 1] of the unpadded image, "index" (position in the data set), "orig_size" (height, width).
 Those of classifiers are "labels" (1,) and "index".
@@ -13,11 +16,16 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentatio
 arXiv:2111.11418, Sec. 4.1 (augmentation of classifiers).
 """
 
+import argparse
 import gc
 import json
 import math
 import os
 import random
+import reprlib
+import sys
+import time
+import warnings
 import zlib
 from collections import namedtuple
 
@@ -96,23 +104,23 @@ def read_image(path, size=None, note=""):
     for a file that cannot be decoded or has another size; `note` (the image's id, say) is added.
     """
     name = f"{path}{note}"
+    if not os.path.isfile(path):                 # a named pipe, for one, would block
+        raise FileNotFoundError(f"{name} not found, or no file: is the image folder the right one?")
     try:
         with Image.open(path) as raw:
             raw.load()                           # Image.open alone accepts a truncated file
             image = ImageOps.exif_transpose(raw)
-            if size is not None and (image.height, image.width) != tuple(size):
-                if (raw.height, raw.width) != tuple(size):
-                    raise ValueError(
-                        f"{name}: the file is {raw.width} x {raw.height} pixels (width x height), "
-                        f"the annotations say {size[1]} x {size[0]}: annotate the file "
-                        f"that is there")
-                image = raw
-            return to_rgb(image, name)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name} not found: is the image folder the right one?") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): replace it or remove it "
-                         f"from the data set") from None
+    except Exception as error:                   # a broken file can make Pillow raise anything
+        raise ValueError(f"{name} cannot be read as an image "
+                         f"({str(error) or type(error).__name__}): replace it or remove it from "
+                         f"the data set") from None
+    if size is not None and (image.height, image.width) != tuple(size):
+        if (raw.height, raw.width) != tuple(size):
+            raise ValueError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
+                             f"height), the annotations say {size[1]} x {size[0]}: annotate the "
+                             f"file that is there")
+        image = raw
+    return to_rgb(image, name)
 
 
 def to_rgb(image, name):
@@ -178,7 +186,9 @@ def resized(h, w, size, max_size=None):
     """
     short, long = min(h, w), max(h, w)
     if max_size is not None and long / short * size > max_size:
-        size = max(1, int(round(max_size * short / long)))
+        size = int(round(max_size * short / long))
+        if size == 0:                            # a line; the official code fails
+            return (1, max_size) if h < w else (max_size, 1)
     if short == size:
         return h, w
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
@@ -205,7 +215,7 @@ def plan_training(h, w, image_size, max_size, rng):
     def scaled(v):
         return max(1, round(v * image_size / 800))
     flip, first, crop = rng.random() < 0.5, None, None
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and max(h, w) <= 20 * min(h, w):           # a line would get huge first
         h, w = first = resized(h, w, scaled(rng.choice((400, 500, 600))))
         ch, cw = (rng.randint(scaled(384), min(side, scaled(600))) for side in (h, w))
         crop = rng.randint(0, h - ch), rng.randint(0, w - cw), ch, cw
@@ -427,13 +437,16 @@ class DetectionDataset(torch.utils.data.Dataset):
     def objects(self, i):
         """Boxes (T, 4) float32 xyxy in pixels and labels (T,) to train on: without crowd, clipped
         to the image, without boxes that have no area then, as in the official code."""
-        h, w = self.sizes[i]
         rows = slice(self.offsets[i], self.offsets[i + 1])
-        boxes = self.boxes[rows].astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, np.float32([w, h, w, h]))
+        boxes = self.clipped(rows, i)
         keep = ~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)
         return boxes[keep], self.labels[rows][keep]
+
+    def clipped(self, rows, images):
+        """The boxes of some rows, float32 xyxy in pixels, clipped to their images."""
+        boxes = self.boxes[rows].astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes.clip(0, self.sizes[images][..., [1, 0, 1, 0]].astype(np.float32))
 
     def __getitem__(self, key):
         """Image uint8 (3, H, W) and target; key is an index or (epoch, index)."""
@@ -492,9 +505,22 @@ def is_number(v):
     return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e15
 
 
+def is_text(v):
+    """Whether v is one line of at most 1000 characters that a file system and a log can take."""
+    return (isinstance(v, str) and v.splitlines() == [v] and len(v) <= 1000 and "\0" not in v
+            and v.encode(errors="replace").decode() == v)            # no half of a surrogate pair
+
+
 def is_id(v):
-    """Whether v can be an id: an integer or a string."""
-    return isinstance(v, (int, str)) and not isinstance(v, bool)
+    """Whether v can be an id: an integer of 64 bits or a string."""
+    return isinstance(v, int) and not isinstance(v, bool) and -2**63 <= v < 2**63 or is_text(v)
+
+
+def show(v):
+    """repr(v), cut short where it is long or deep."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 100
+    return brief.repr(v)
 
 
 def check_coco(data, path="annotations", image_dir=None):
@@ -506,66 +532,88 @@ def check_coco(data, path="annotations", image_dir=None):
     """
     if isinstance(data, (str, os.PathLike)):
         data, path = read_json(data, "a COCO instances file"), data
+    return [sentence for _, sentence in coco_faults(data, path, image_dir)]
+
+
+def coco_faults(data, path, image_dir):
+    """The faults as pairs (the record, a sentence); of the file as a whole: (data, a sentence)."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            return [f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
-                    f'"annotations": [...], "categories": [...]}}']
-    faults, ids = [], {}
+            yield data, (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
+                         f'"annotations": [...], "categories": [...]}}')
+            return
+    ids, names = {}, set()
     for key, name in (("images", "image"), ("categories", "category"),
                       ("annotations", "annotation")):
         seen = ids[key] = set()
         for k, record in enumerate(data[key]):
-            if not isinstance(record, dict) or not is_id(record.get("id")):
-                if not (key == "annotations" and isinstance(record, dict) and "id" not in record):
-                    value = record.get("id") if isinstance(record, dict) else record
-                    faults.append(f"{path}: {key}[{k}]: id {value!r} is not an integer or string")
-                continue
-            if record["id"] in seen:
-                faults.append(f"{path}: {name} id {record['id']!r} occurs twice")
-            seen.add(record["id"])
+            if not isinstance(record, dict):
+                yield record, f"{path}: {key}[{k}]: {show(record)} is not a record {{...}}"
+            elif is_id(record.get("id")):
+                if record["id"] in seen:
+                    yield record, f"{path}: {name} id {show(record['id'])} occurs twice"
+                seen.add(record["id"])
+            elif key != "annotations" or "id" in record:             # annotations may have none
+                yield record, (f"{path}: {key}[{k}]: id {show(record.get('id'))} is not an integer "
+                               f"of 64 bits or a string of one line")
+        if key != "annotations" and not data[key]:
+            yield data, f"{path}: the list of {key} is empty"
         if key != "annotations" and len({type(v) for v in seen}) > 1:
-            faults.append(f"{path}: {key} mix integer and string ids, use one of them")
-    if any(not isinstance(r, dict) for key in ids for r in data[key]):
-        return faults
-    faults += check_categories(data["categories"], path)
-    faults += check_images(data["images"], path, image_dir)
-    for k, record in enumerate(data["annotations"]):
-        for fault in annotation_faults(record, ids["images"], ids["categories"]):
-            faults.append(f"{path}: annotation {record.get('id', f'number {k}')!r} "
-                          f"(image {record.get('image_id')!r}): {fault}")
+            yield data, f"{path}: {key} mix integer and string ids, use one of them"
+    there = set()                                # of plain files; links are asked one by one
+    if image_dir:
+        there = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
+    checks = (("images", "image", lambda r: image_faults(r, image_dir, there)),
+              ("categories", "category", lambda r: category_faults(r, names)),
+              ("annotations", "annotation",
+               lambda r: annotation_faults(r, ids["images"], ids["categories"])))
+    for key, name, faults_of in checks:
+        for k, record in enumerate(data[key]):
+            for fault in faults_of(record) if isinstance(record, dict) else ():
+                who = show(record["id"]) if "id" in record else f"number {k}"
+                where = f" (image {show(record.get('image_id'))})" if key == "annotations" else ""
+                yield record, f"{path}: {name} {who}{where}: {fault}"
+
+
+def without_faults(data, path, image_dir):
+    """`data` without the records that have faults and those that refer to them, or None where the
+    file as a whole has faults; and all faults, a list of sentences."""
+    faults = found = list(coco_faults(data, path, image_dir))
+    while found:
+        bad = {id(record) for record, _ in found}
+        if id(data) in bad:
+            return None, [sentence for _, sentence in faults]
+        data = {key: [r for r in data[key] if id(r) not in bad]
+                for key in ("images", "annotations", "categories")}
+        found = list(coco_faults(data, path, image_dir))
+    return data, [sentence for _, sentence in faults]
+
+
+def image_faults(record, image_dir, there):
+    """What is wrong with one image record: a list of phrases. `there`: the files in image_dir."""
+    faults, name = [], record.get("file_name")
+    for side in ("width", "height"):
+        value = record.get(side)
+        if type(value) is not int or not 0 < value < 1e6:
+            faults.append(f"{side} {show(value)} is not a positive integer below a million")
+    if not is_text(name):
+        faults.append(f"file_name {show(name)} is not a string that names a file")
+    elif (name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")):
+        faults.append(f"file_name {show(name)} leads out of the image folder")
+    elif image_dir and name not in there and not os.path.isfile(os.path.join(image_dir, name)):
+        faults.append(f"file {os.path.join(image_dir, name)} not found, or no file")
     return faults
 
 
-def check_categories(categories, path):
-    """The faults of a COCO file's categories: a list of sentences."""
-    names, faults = set(), []
-    for record in categories:
-        who, name = f"{path}: category {record.get('id')!r}", record.get("name")
-        if not isinstance(name, str):
-            faults.append(f"{who}: name {name!r} is not a string")
-        elif name in names:
-            faults.append(f"{who}: name {name!r} occurs twice, rename one or merge the two")
-        else:
-            names.add(name)
-    return faults if categories else [f"{path}: the list of categories is empty"]
-
-
-def check_images(images, path, image_dir):
-    """The faults of a COCO file's images, and of the files if image_dir is given: sentences."""
-    faults = [] if images else [f"{path}: the list of images is empty"]
-    there = set(os.listdir(image_dir)) if image_dir else set()
-    for record in images:
-        who, name = f"{path}: image {record.get('id')!r}", record.get("file_name")
-        for side in ("width", "height"):
-            if type(record.get(side)) is not int or record[side] <= 0:
-                faults.append(f"{who}: {side} {record.get(side)!r} is not a positive integer")
-        if not isinstance(name, str) or not name:
-            faults.append(f"{who}: file_name {name!r} is not a string")
-        elif os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            faults.append(f"{who}: file_name {name!r} leads out of the image folder")
-        elif image_dir and name not in there and not os.path.isfile(os.path.join(image_dir, name)):
-            faults.append(f"{who}: file {os.path.join(image_dir, name)} not found")
-    return faults
+def category_faults(record, names):
+    """What is wrong with one category: a list of phrases. `names`: those before it, added to."""
+    name = record.get("name")
+    if not is_text(name):
+        return [f"name {show(name)} is not a string of one line"]
+    if name in names:
+        return [f"name {show(name)} occurs twice, rename one or merge the two"]
+    names.add(name)
+    return []
 
 
 def annotation_faults(record, image_ids, category_ids):
@@ -575,16 +623,16 @@ def annotation_faults(record, image_ids, category_ids):
         value = record.get(field)
         if not is_id(value) or value not in known:
             listed = {"image_id": "images", "category_id": "categories"}[field]
-            faults.append(f"{field} {value!r} is not among the file's {listed}")
-    box = record.get("bbox")
+            faults.append(f"{field} {show(value)} is not among the file's {listed}")
+    box, area = record.get("bbox"), record.get("area")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        faults.append(f"bbox {box!r} is not a list of 4 finite numbers [x, y, width, height]")
+        faults.append(f"bbox {show(box)} is not a list of 4 finite numbers [x, y, width, height]")
     elif box[2] < 0 or box[3] < 0:
-        faults.append(f"bbox {box!r} has a negative width or height; it should be [x, y, w, h]")
+        faults.append(f"bbox {show(box)} has a negative width or height; it should be [x, y, w, h]")
     if record.get("iscrowd", 0) not in (0, 1, None):
-        faults.append(f"iscrowd {record['iscrowd']!r} is not 0 or 1")
-    if record.get("area") is not None and not is_number(record["area"]):
-        faults.append(f"area {record['area']!r} is not a finite number")
+        faults.append(f"iscrowd {show(record['iscrowd'])} is not 0 or 1")
+    if area is not None and not (is_number(area) and area >= 0):
+        faults.append(f"area {show(area)} is not a finite number of 0 or more")
     return faults
 
 
@@ -594,22 +642,24 @@ class CocoDataset(DetectionDataset):
     json_path, image_dir: the two paths; classes: names in the order wanted for the labels (those of
     the training set or of a checkpoint), None: the file's own, by ascending category id. Raises
     FileNotFoundError, and ValueError that lists the faults found in the file (the first 20 and the
-    count), or the classes that differ.
+    count), or the classes that differ. With sound_part, records with faults and what refers to them
+    are left out instead, and `faults` lists all of them.
     """
 
     def __init__(self, json_path, image_dir, image_size=800, max_size=1333, augment=False, seed=42,
-                 classes=None):
+                 classes=None, sound_part=False):
         super().__init__(image_size, max_size, augment, seed)
         data = read_json(json_path, "a COCO instances file")
         if not os.path.isdir(image_dir):
             raise FileNotFoundError(f"image folder {image_dir} not found: it should hold the "
                                     f"images that {json_path} lists")
-        faults = check_coco(data, json_path, image_dir)
-        if faults:
-            more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        data, faults = without_faults(data, json_path, image_dir)
+        if faults and not (data and sound_part):
+            show = len(faults) if sound_part else 20
+            more = f"\n... and {len(faults) - show} more" if len(faults) > show else ""
             raise ValueError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
-                             + "\n".join(faults[:20]) + more)
-        self.json_path, self.image_dir = str(json_path), str(image_dir)
+                             + "\n".join(faults[:show]) + more)
+        self.faults, self.json_path, self.image_dir = faults, str(json_path), str(image_dir)
         index = self._read_categories(data["categories"], classes)
         images = sorted(data["images"], key=lambda r: r["id"])
         self.image_ids = np.array([r["id"] for r in images])
@@ -646,9 +696,9 @@ class CocoDataset(DetectionDataset):
         """Lines for a run's banner: which boxes are not trained on, and what looks wrong."""
         image = self.columns()["image"]
         h, w = self.sizes[image].T
-        x1, y1 = self.boxes[:, :2].T
         x2, y2 = (self.boxes[:, :2] + self.boxes[:, 2:]).T
-        empty = (np.minimum(x2, w) <= np.maximum(x1, 0)) | (np.minimum(y2, h) <= np.maximum(y1, 0))
+        boxes = self.clipped(slice(None), image)
+        empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
         over = (x2 > w + 2) | (y2 > h + 2)
         lines = [f"         {len(image)} boxes; not trained on: {self.crowd.sum()} crowds, "
                  f"{empty.sum()} without area inside the image"]
@@ -660,10 +710,12 @@ class CocoDataset(DetectionDataset):
                          "image's size? COCO's are in pixels")
         return lines
 
+    def path(self, i):
+        return os.path.join(self.image_dir, self.files[i].decode())
+
     def read(self, i):
         """Image i as an RGB PIL image."""
-        path = os.path.join(self.image_dir, self.files[i].decode())
-        return read_image(path, self.sizes[i].tolist(), f" (image id {self.image_ids[i]})")
+        return read_image(self.path(i), self.sizes[i].tolist(), f" (image id {self.image_ids[i]})")
 
 
 class ShapesDataset(DetectionDataset):
@@ -845,6 +897,10 @@ class ImageFolder(ClassificationDataset):
         if not found:
             raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
                              f"ImageNet's validation images come, nothing says what they show")
+        odd = [show(name) for name in found if not is_text(name)]
+        if odd:
+            raise ValueError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
+                             f"one line of text in UTF-8, rename them")
         if classes is None and len(found) < 2:
             raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
                              f"a classifier needs two classes or more")
@@ -869,9 +925,12 @@ class ImageFolder(ClassificationDataset):
             others += len(names) - len(images)
         return sorted(paths), others
 
+    def path(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.image_ids[i]))
+
     def read(self, i):
         """Image i as an RGB PIL image."""
-        return read_image(os.path.join(self.folder, os.fsdecode(self.image_ids[i])))
+        return read_image(self.path(i))
 
 
 class ShapesClassification(ClassificationDataset):
@@ -998,3 +1057,160 @@ class EvalSampler:
 
     def __iter__(self):
         return iter(self.batches)
+
+
+# -- the check of a data set: python data.py DIR [--images] --------------------------------------
+
+def coco_paths(root, split):
+    """Annotation file and image folder of the split, "train" or "val", in COCO's layout."""
+    return (os.path.join(root, f"annotations/instances_{split}2017.json"),
+            os.path.join(root, f"{split}2017"))
+
+
+def find_splits(paths):
+    """{split: function that gives its data set} of the paths on the command line."""
+    root = paths[0]
+    if len(paths) == 1 and os.path.isdir(os.path.join(root, "annotations")):
+        found = {split: coco_paths(root, split) for split in ("train", "val")}
+    elif len(paths) == 1 and os.path.isdir(os.path.join(root, "train")):
+        return {split: lambda split=split: ImageFolder(root, split) for split in ("train", "val")}
+    elif len(paths) in (2, 4):
+        found = dict(zip(("train", "val"), (paths[:2], paths[2:])) if paths[2:] else
+                     (("all", paths),))
+    else:
+        raise FileNotFoundError(
+            f"{' '.join(paths)}: give a folder that holds annotations/instances_train2017.json and "
+            f"instances_val2017.json, train2017/ and val2017/; or one of class folders, "
+            f"train/<class>/*.jpg and val/<class>/*.jpg; or an annotation file and its image "
+            f"folder, or these two twice, for training and validation")
+    return {split: lambda pair=pair: CocoDataset(*pair, sound_part=True)
+            for split, pair in found.items()}
+
+
+class OpenedImages(torch.utils.data.Dataset):
+    """What reading each image of `dataset` gives: ((height, width) or None, fault, remark)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                image = self.dataset.read(i)
+            except (ValueError, OSError) as error:
+                return None, str(error), ""
+        remarks = sorted({" ".join(str(w.message).split()) for w in said})
+        remark = f"note     {self.dataset.path(i)}: {'; '.join(remarks)}" if remarks else ""
+        return (image.height, image.width), "", remark
+
+
+def open_images(dataset, workers):
+    """Sizes (N, 2) of the images of a data set, faults and remarks: all are read as in training."""
+    loader = torch.utils.data.DataLoader(OpenedImages(dataset), 32, num_workers=workers,
+                                         collate_fn=list)
+    results, said = [], time.time()
+    for batch in loader:
+        results += batch
+        if time.time() - said > 10:
+            said, broken = time.time(), sum(bool(fault) for _, fault, _ in results)
+            print(f"         {len(results)} of {len(dataset)} images opened, {broken} with faults",
+                  flush=True)
+    sizes, faults, remarks = ([r[k] for r in results if r[k]] for k in range(3))
+    return np.array(sizes).reshape(-1, 2), faults, remarks
+
+
+def describe(dataset, sizes):
+    """Lines on the images, of these sizes where they are known, and the objects of a data set."""
+    lines = [f"         {len(dataset)} images"]
+    if len(sizes):
+        low, middle, high = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int)
+        lines[0] += (f", {low[1]} to {high[1]} pixels wide (median {middle[1]}), {low[0]} to "
+                     f"{high[0]} high (median {middle[0]})")
+    if not isinstance(dataset, CocoDataset):
+        return lines + dataset.notes
+    counts = [len(dataset.objects(i)[0]) for i in range(len(dataset))]
+    side = np.sqrt(dataset.area[~dataset.crowd])
+    lines += [f"         {counts.count(0)} images without objects to train on; at most "
+              f"{max(counts)} in one",
+              f"         {(side < 32).sum()} objects small (area under 32 x 32 pixels), "
+              f"{((side >= 32) & (side < 96)).sum()} medium, {(side >= 96).sum()} large (over "
+              f"96 x 96)", *dataset.notes]
+    boxes = np.column_stack([dataset.columns()["image"], dataset.labels, dataset.boxes])
+    for what, rows in (("image file(s)", dataset.files), ("box(es) of the same class", boxes)):
+        again = len(rows) - len(np.unique(rows, axis=0))
+        if again:
+            lines.append(f"note     {again} {what} listed once more")
+    return lines
+
+
+def class_table(datasets):
+    """Lines: how many objects, or images of a classifier, of each class are in each data set."""
+    columns = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
+               for d in datasets.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    head = "images" if isinstance([*datasets.values()][0], ImageFolder) else "objects"
+    rows = [(head, *datasets), *((n, *(c.get(n, "-") for c in columns)) for n in names)]
+    wide = max(len(row[0]) for row in rows)
+    return [f"{name:{wide}s}" + "".join(f" {v:>8}" for v in row) for name, *row in rows]
+
+
+def compare_splits(train, val):
+    """Faults, and notes, on two splits of one data set: lists of lines."""
+    faults, notes = [], []
+    for name, a, b in (("validation", train, val), ("training", val, train)):
+        lacking = [c for c in a.classes if c not in b.classes]
+        if lacking:
+            faults.append(f"the {name} set lacks classes that the other has: {lacking}")
+    train_files, val_files = ({os.path.realpath(d.path(i)) for i in range(len(d))}
+                              for d in (train, val))
+    both = sorted(train_files & val_files)
+    if both:
+        notes.append(f"note     {len(both)} file(s) in both splits, so that the evaluation sees "
+                     f"what was trained on: {', '.join(both[:3])}")
+    return faults, notes
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="python data.py DIR [--images], or JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]",
+        description="Check a data set: a summary, then all its faults; exit code 1 if it has any.")
+    parser.add_argument("paths", nargs="+", help="DIR laid out like COCO, or with class folders; "
+                        "or annotation file and image folder, of one split or of two")
+    parser.add_argument("--images", action="store_true", help="open and decode every image, too")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for it")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
+    datasets, faults = {}, []
+    for split, build in find_splits(args.paths).items():
+        try:
+            dataset = datasets[split] = build()
+        except (ValueError, OSError) as error:
+            faults += str(error).splitlines()
+            continue
+        faults += (new := getattr(dataset, "faults", []))
+        sizes, remarks = getattr(dataset, "sizes", ()), []
+        print(f"{split:8s} {getattr(dataset, 'json_path', '') or dataset.folder}"
+              + (f", {len(new)} fault(s), see below; of what has none:" if new else ""), flush=True)
+        if args.images:
+            sizes, new, remarks = open_images(dataset, args.num_workers)
+            faults += new
+        print(*describe(dataset, sizes), *remarks, sep="\n")
+    if datasets:
+        print(*class_table(datasets), sep="\n")
+    if len(datasets) == 2:
+        new, notes = compare_splits(*datasets.values())
+        faults += new
+        print(*notes, sep="\n", end="\n" * bool(notes))
+    print(f"{len(faults)} fault(s):" if faults else "no faults", *faults, sep="\n")
+    sys.exit(int(bool(faults)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -77,7 +77,7 @@ def main(argv=None):
     for path in files:
         try:
             image = read_image(path)
-        except ValueError as error:                  # the others are still worth having
+        except (ValueError, OSError) as error:       # the others are still worth having
             print(f"error: {error}")
             results.append({"file": path, "error": str(error)})
             failed += 1
@@ -107,6 +107,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     try:
         main()
     except (ValueError, OSError) as error:

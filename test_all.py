@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -41,14 +42,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+import data
 import evaluate
 import model as model_py
 import predict
 import train
 from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
-                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, overlap, Plan,
-                  plan_training, rand_augment, RAND_AUGMENT, random_erase, read_image, resized,
-                  ShapesClassification, ShapesDataset, TrainSampler, xyxy_to_cxcywh)
+                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, open_images,
+                  overlap, Plan, plan_training, rand_augment, RAND_AUGMENT, random_erase,
+                  read_image, resized, ShapesClassification, ShapesDataset, show, TrainSampler,
+                  xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
 from matcher import match
@@ -376,6 +379,358 @@ def test_unreadable_images_and_wrong_sizes_are_errors_that_name_the_file(tmp_pat
             read_image(tmp_path / name, (48, 64))
     with pytest.raises(FileNotFoundError, match="none.jpg"):
         read_image(tmp_path / "none.jpg")
+
+
+# -- data.py: what can be wrong with a data set ---------------------------------------------------
+
+ODD_VALUES = (
+    None, True, False, 0, 1, -1, 2, 3.5, -3.5, 1e-300, 1e15, 1e30, -1e30, 10**30, -10**30, 2**31,
+    2**53, 2**63 - 1, 2**63, 2**64, -2**63, 1e308, math.nan, math.inf, -math.inf, "", "a", "7", " ",
+    "\ud800", "\udcff", "\0", "0.png\0", "a\nb", "a\u2028b", "\u202ea", "\U0001f9a7", "e\u0301",
+    "x" * 300, "x" * 100_000, "../0.png", "/etc/passwd", "C:\\0.png", "..\\0.png", ".", "folder",
+    [], {}, [[]], [1, 2, 3, 4], [1, [2], 3, 4], [1, 2, 3], [-5, -5, 3, 3], [0, 0, 0, 0],
+    [1e14, 0, 1e14, 1], [0, 0, 1e-40, 1e-40], [1, 1, math.nan, 1], ["1", 1, 1, 1], {"id": 1})
+
+
+def nodes(tree, path=()):
+    """(container, key, path) of everything in a tree of lists and dicts."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key, (*path, key)
+        if isinstance(tree[key], (dict, list)):
+            yield from nodes(tree[key], (*path, key))
+
+
+def mutate(content, rng):
+    """Change one thing in a COCO dict; how the record may be called in a message: a set."""
+    node, key, path = rng.choice([n for n in nodes(content)])
+    def names(path):
+        records = content.get(path[0])
+        if len(path) < 2 or not isinstance(records, list) or len(records) <= path[1]:
+            return {f'"{path[0]}"', f"list of {path[0]}", f"{path[0]}["}
+        id_ = records[path[1]].get("id") if isinstance(records[path[1]], dict) else None
+        return {f"{path[0]}[{path[1]}]", f"number {path[1]}", show(id_)}
+    before, kind, old = names(path), rng.randrange(12), node[key]
+    if kind < 4:
+        node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+    elif kind == 4:
+        del node[key]
+        return before | {path[0]}                                    # the next one has its number
+    elif kind == 5 and isinstance(node, list):
+        node.insert(rng.randrange(len(node) + 1), copy.deepcopy(old))
+        return before | {path[0]}
+    elif kind == 5:
+        node[rng.choice(("", "id", "bbox", "\ud800", "extra"))] = node.pop(key)
+    elif kind == 6:
+        node[key] = rng.choice(([old], {"x": old}, str(old), [old] * 4))
+    elif kind > 6 and isinstance(old, (int, float)):
+        node[key] = rng.choice((-old, old + 0.5, old + 1, old * 1e30, old * 10**30, float(old),
+                                old / 3, 2 * old, str(old)))
+    else:
+        other, k, to = rng.choice([n for n in nodes(content) if n[2][:len(path)] != path])
+        if path[:len(to)] != to:
+            before |= names(to)
+            node[key], other[k] = copy.deepcopy(other[k]), copy.deepcopy(old)
+            return before | names(path) | names(to) | {path[0], to[0]}
+    return before | names(path)
+
+
+def mutate_text(text, rng):
+    """Change the bytes of a JSON file."""
+    at = rng.randrange(len(text))
+    odd = rng.choice((b"\xff", b"\0", b"[" * 100_000, b"{}", b"1e400", b"9" * 5000, b"NaN", b"'",
+                      b'"\\ud800"', b"\\", b"\xef\xbb\xbf", b"-", b",", b"//", b"[" * 900))
+    return rng.choice((text[:at], text[:at] + odd + text[at:], text[:at] + odd + text[at + 1:],
+                       b"\xef\xbb\xbf" + text, text * 2, odd, b"", text.decode().encode("utf-16")))
+
+
+def use(json_path, folder, train):
+    """Everything that a run does with a data set; with `train`, a step of training as well."""
+    dataset = CocoDataset(json_path, folder, 32, 64, augment=True)
+    n, columns = len(dataset), dataset.columns()
+    assert all(len(columns[k]) == len(columns["box"]) for k in columns)
+    assert all(np.isfinite(columns[k]).all() for k in ("box", "area"))
+    assert json.dumps([dataset.classes, dataset.category_ids]).encode()
+    assert len(set(dataset.image_ids.tolist())) == n
+    for sampler in (TrainSampler(dataset, min(2, n), 0), EvalSampler(dataset, 2)):
+        assert all(0 < v < 1000 for i in range(n) for v in dataset.plan(0, i).size)
+        for batch in sampler:
+            images, valid, targets = collate([dataset[key] for key in batch])
+            for target in targets:
+                corners = cxcywh_to_xyxy(target["boxes"])
+                assert ((corners > -1e-4) & (corners < 1.0001)).all()
+                assert (target["labels"] < len(dataset.classes)).all()
+    if train:
+        model = build_model("detr_tiny", num_classes=len(dataset.classes))
+        logits, boxes = model(images, valid)
+        loss = set_loss(logits, boxes, targets)["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters()
+                                       if p.grad is not None)
+
+
+def fuzz(root, seeds, train_every):
+    """Counts of what became of mutated COCO files: "fault", "size" (of an image file), "used"."""
+    Image.new("RGB", (8, 6)).save(root / "0.png")
+    Image.new("RGB", (5, 9)).save(root / "1.png")
+    Image.new("RGB", (1, 50)).save(root / "2.png")
+    (root / "folder").mkdir(exist_ok=True)
+    path, counts = root / "mutant.json", dict(fault=0, size=0, used=0)
+    for seed in seeds:
+        rng = random.Random(seed)
+        content = {
+            "images": [dict(id=i, file_name=f"{k}.png", width=w, height=h)
+                       for k, (i, w, h) in enumerate(((900, 8, 6), (2, 5, 9), (40, 1, 50)))],
+            "categories": [dict(id=i, name=n) for i, n in (
+                (90, "zebra"), (7, "ant"), (13, "mole"))],
+            "annotations": [annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in (
+                (701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
+                (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))]}
+        names = set()
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            names |= mutate(content, rng)
+        text = json.dumps(content).encode()
+        if rng.random() < 0.2:
+            text, names = mutate_text(text, rng), {"mutant.json"}
+        path.write_bytes(text)
+        try:
+            use(path, root, counts["used"] % train_every == train_every - 1)
+            counts["used"] += 1
+        except ValueError as error:
+            message = str(error)
+            kind = "size" if "annotations say" in message else "fault"
+            counts[kind] += 1
+            message.encode()                                         # can be printed
+            wanted = {"image id"} if kind == "size" else names
+            assert str(path) in message or kind == "size", (seed, message)
+            assert any(name in message for name in wanted), (seed, wanted, message)
+            assert len(message) < 10_000, seed
+    return counts
+
+
+def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
+    counts = fuzz(tmp_path, range(600), train_every=10)
+    assert counts["fault"] > 400 and counts["used"] > 40 and sum(counts.values()) == 600
+
+
+def png(width, height, pixels):
+    """A grey PNG file that claims this size, whatever its compressed pixels hold."""
+    def chunk(kind, body):
+        return struct.pack(">I4s", len(body), kind) + body + struct.pack(
+            ">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, *4 * [0]))
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+
+
+def saved(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def broken_images():
+    """{name: (bytes, what the error says, or None where it reads as `PICTURE` within 16)}."""
+    still, fine = PICTURE.quantize(64), dict(quality=95, subsampling=0)
+    jpeg, flat = saved(PICTURE, "JPEG", **fine), bytes(49 * 64)
+    files = {f"cut.{format}": (saved(PICTURE, format)[:-60], "")
+             for format in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm")}
+    exif = saved(PICTURE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" * 3, **fine)
+    return files | {
+        "empty.jpg": (b"", "cannot identify"), "text.jpg": (b"404: not found", "cannot identify"),
+        "page.jpg": (b"<!DOCTYPE html><html>" + b" " * 5000, "cannot identify"),
+        "noise.png": (bytes(range(256)) * 9, "cannot identify"),
+        "crc.png": (png(48, 64, flat).replace(b"\x08\0\0\0\0", b"\x08\0\0\0\1"), ""),
+        "short.png": (png(48, 64, flat[:99]), "truncated"), "zero.png": (png(0, 0, b""), ""),
+        "claims.png": (png(60_000, 60_000, flat), "decompression bomb"),
+        "bomb.png": (png(13_400, 13_400, bytes(13_401 * 13_400)), "decompression bomb"),
+        "tables.jpg": (re.sub(rb"\xff\xdb\0C.{65}", b"", jpeg, flags=re.S), "broken data stream"),
+        "floats.tif": (saved(PICTURE.convert("F"), "TIFF"), "mode F"),
+        "size.png": (saved(PICTURE.crop((0, 0, 48, 63)), "PNG"), "48 x 63 .*say 48 x 64"),
+        "exif.jpg": (exif, None), "tail.jpg": (jpeg + b"\0" * 999, None),
+        "png.jpg": (saved(PICTURE, "PNG"), None),
+        "moving.gif": (saved(still, "GIF", save_all=True, append_images=[still.rotate(90)]), None),
+        "cmyk.jpg": (saved(PICTURE.convert("CMYK"), "JPEG", **fine), None)}
+
+
+PICTURE = Image.fromarray(np.stack([*np.meshgrid(np.arange(48) * 5, np.arange(64) * 3),
+                                    np.full((64, 48), 120)], 2).astype(np.uint8))
+
+
+def first_batch(dataset):
+    """Of a loader with a worker, which is ended at once and not when garbage is collected."""
+    batches = iter(DataLoader(dataset, num_workers=1, collate_fn=collate))
+    try:
+        return next(batches)
+    finally:
+        batches._shutdown_workers()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_images_are_errors_that_name_file_and_id_or_read_to_the_right_pixels(tmp_path):
+    files = broken_images()
+    assert len(files) >= 22
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = [dict(id=f"no {k}", file_name=name, width=48, height=64)
+               for k, name in enumerate(sorted(files))]
+    (tmp_path / "a.json").write_text(json.dumps(dict(
+        images=records, annotations=[], categories=[dict(id=1, name="a")])))
+    dataset = CocoDataset(tmp_path / "a.json", tmp_path)
+    names = [name.decode() for name in dataset.files]
+    for i, name in enumerate(names):
+        if files[name][1] is None:
+            difference = np.array(dataset.read(i)).astype(int) - np.array(PICTURE)
+            assert np.abs(difference).max() <= 16, name
+            continue
+        who = f"{re.escape(str(tmp_path / name))} .image id {dataset.image_ids[i]}"
+        with pytest.raises(ValueError, match=f"{who}.*{files[name][1]}"):
+            dataset[i]
+    sizes, faults, (note,) = open_images(dataset, 2)                 # the same in loader workers
+    bad = [name for name in names if files[name][1] is not None]
+    assert len(sizes) == len(names) - len(bad) and len(faults) == len(bad)
+    assert all(f"{tmp_path / name} (image id no " in fault for name, fault in zip(bad, faults))
+    assert re.search("exif.jpg: Corrupt EXIF data", note)
+    with pytest.raises(ValueError, match=rf"{names[0]} .image id {dataset.image_ids[0]}. cannot"):
+        first_batch(dataset)
+
+
+def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
+    json_path, folder = write_coco(tmp_path)
+    dataset, path = CocoDataset(json_path, folder), folder / "2.png"
+    words = "2.png .image id 2. not found, or no file"
+    for kind, make in dict(
+            gone=lambda: None, folder=path.mkdir, pipe=lambda: os.mkfifo(path),
+            link=lambda: path.symlink_to("none.png"), circle=lambda: path.symlink_to("2.png"),
+            socket=lambda: socket.socket(socket.AF_UNIX).bind(str(path))).items():
+        path.unlink()
+        make()
+        with pytest.raises(FileNotFoundError, match=words):
+            dataset[0]
+        if kind == "pipe":                       # a loader worker does not wait either
+            with pytest.raises(FileNotFoundError, match=words):
+                first_batch(dataset)
+        with pytest.raises(ValueError, match="image 2: file .*2.png not found, or no file"):
+            CocoDataset(json_path, folder)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.touch()
+    path.chmod(0)
+    if os.geteuid():                                                 # root may read everything
+        with pytest.raises(ValueError, match="2.png .image id 2.*Permission denied"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("name", [
+    "../900.png", "a/../../900.png", "/etc/passwd", "//host/900.png", "\\900.png", "C:\\900.png",
+    "c:900.png", "..\\900.png", "a\\..\\900.png", "\\\\host\\share\\900.png", "..", "a/.."])
+def test_file_names_cannot_lead_out_of_the_image_folder(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    json_path, _ = write_coco(tmp_path, annotations=[], images=[
+        dict(id=900, file_name=name, width=64, height=48)])
+    with pytest.raises(ValueError, match="image 900: file_name .* leads out of the image folder"):
+        CocoDataset(json_path, tmp_path / "images")
+
+
+def test_folders_below_and_links_that_the_user_made_are_followed(tmp_path):
+    (tmp_path / "images/..2").mkdir(parents=True)
+    json_path, _ = write_coco(tmp_path, annotations=[], images=[
+        dict(id=900, file_name="..2/a..b.png", width=64, height=48)])
+    (tmp_path / "images/..2/a..b.png").symlink_to(tmp_path / "900.png")
+    assert CocoDataset(json_path, tmp_path / "images")[0][0][0, 0, 0] == 900 % 256
+
+
+@pytest.mark.parametrize("h, w", [(1, 5000), (5000, 1), (1, 1), (3, 900_000), (999_999, 1)])
+def test_lines_of_pixels_are_resized_to_lines(tmp_path, h, w):
+    assert resized(h, w, 800, 1333) == resized(w, h, 800, 1333)[::-1]
+    plans = [plan_training(h, w, 800, 1333, random.Random(i)) for i in range(50)]
+    for size in [p.size for p in plans] + [resized(h, w, 800, 1333)]:
+        assert 1 <= min(size) and max(size) <= 2 * 1333
+    if h * w <= 5000:
+        image = apply_plan(Image.new("RGB", (w, h)), np.float32([[0, 0, w, h]]), [0], plans[0])[0]
+        assert image.size == plans[0].size[::-1]
+
+
+def write_split(root, split, sizes=(8, 8), names=("ant", "bee"), boxes=()):
+    """A split in COCO's layout, of images i of sizes[i] pixels a side; boxes: of image 0, ant."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / f"{split}2017").mkdir()
+    for i, side in enumerate(sizes):
+        Image.new("RGB", (side, side + 2)).save(root / f"{split}2017/{i}.png")
+    (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f"{i}.png", width=s, height=s + 2)
+                for i, s in enumerate(sizes)],
+        categories=[dict(id=k, name=name) for k, name in enumerate(names)],
+        annotations=[annotation(k, 0, 0, box, **more) for k, (box, more) in enumerate(boxes)])))
+
+
+def check_data(capsys, *words):
+    """Exit code and text of python data.py."""
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(w) for w in words])
+    return stop.value.code, re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_data_py_sums_up_a_sound_data_set(tmp_path, capsys):
+    boxes = [((0, 0, 5, 5), {}), ((0, 0, 40, 40), {}), ((0, 0, 99, 99), {}),
+             ((200, 0, 9, 9), {}), ((0, 0, 9, 9), dict(iscrowd=1)), ((0, 0, 9, 9), dict(area=5e3))]
+    write_split(tmp_path, "train", (100, 8, 20), boxes=boxes)
+    write_split(tmp_path, "val")
+    (tmp_path / "val2017/0.png").unlink()
+    (tmp_path / "val2017/0.png").symlink_to(tmp_path / "train2017/1.png")
+    a, b = ((tmp_path / f"annotations/instances_{s}2017.json", tmp_path / f"{s}2017")
+            for s in ("train", "val"))
+    for words in ((tmp_path, "--images"), (*a, *b)):
+        code, text = check_data(capsys, *words)
+        assert code == 0 and text.endswith("no faults\n")
+        for line in ("3 images, 8 to 100 pixels wide (median 20), 10 to 102 high (median 22)",
+                     "2 images without objects to train on; at most 4 in one",
+                     "2 objects small (area under 32 x 32 pixels), 2 medium, 1 large",
+                     "6 boxes; not trained on: 1 crowds, 1 without area inside the image",
+                     "objects train val\nant 6 0\nbee 0 0\n", "1 file(s) in both splits"):
+            assert line in text
+    content = json.loads(a[0].read_text())
+    content["images"].append({**content["images"][2], "id": 99})
+    content["annotations"].append({**content["annotations"][1], "id": 99})
+    a[0].write_text(json.dumps(content))
+    code, text = check_data(capsys, *a)
+    assert "note 1 image file(s) listed once more\nnote 2 box(es) of the same class" in text
+    assert code == 0 and "objects all\nant 7\n" in text
+
+
+def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
+    boxes = [((0, 0, -1, k), {}) for k in range(30)] + [((0, 0, 5, 5), {})]
+    write_split(tmp_path, "train", boxes=boxes)
+    write_split(tmp_path, "val", names=("ant", "cat"))
+    (tmp_path / "train2017/1.png").write_bytes(b"")
+    (tmp_path / "val2017/1.png").unlink()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 2)
+    assert code == 1 and "34 fault(s):" in text and "2017.json, 30 fault(s), see below" in text
+    assert all(f"annotation {k} (image 0): bbox [0, 0, -1, {k}]" in text for k in range(30))
+    assert "train2017/1.png (image id 1) cannot be read as an image" in text
+    assert "image 1: file " in text and "val2017/1.png not found, or no file" in text
+    assert "the validation set lacks classes that the other has: ['bee']" in text
+    assert "the training set lacks classes that the other has: ['cat']" in text
+    assert "at most 1 in one" in text and "\n 1 images, 8 to 8 pixels" in text
+    path = tmp_path / "annotations/instances_val2017.json"
+    for wrong in ("[]", "{", '"/etc/passwd"'):
+        path.write_text(wrong)
+        code, text = check_data(capsys, tmp_path)
+        assert code == 1 and str(path) in text.splitlines()[-1] and "objects train\nant 1" in text
+    with pytest.raises(FileNotFoundError, match="none: give a folder"):
+        data.main([str(tmp_path / "none")])
+
+
+def test_data_py_checks_class_folders(tmp_path, capsys):
+    grey_images(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/1.png", "val/a/1.png",
+                "val/b/1.png")
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 0 and "3 images, 6 to 6 pixels wide (median 6), 4 to 4 high" in text
+    assert "images train val\na 2 1\nb 1 1\nno faults" in text
+    (tmp_path / "val/b/1.png").write_bytes(b"no image")
+    (tmp_path / "val/c").mkdir()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 1 and "val: no images in the class folder(s) ['c']" in text
+    (tmp_path / "val/c").rmdir()
+    code, text = check_data(capsys, tmp_path, "--images", "--num_workers", 0)
+    assert code == 1 and "val/b/1.png cannot be read as an image" in text.splitlines()[-1]
 
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
@@ -3165,6 +3520,21 @@ def coco_files(folder, split, n, names=IDS):
     return [f"--{split}_json", path, f"--{split}_images", pictures]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("what", ["broken", "gone"])
+def test_an_image_that_fails_in_training_is_one_line(tmp_path, monkeypatch, what, workers):
+    files = coco_files(tmp_path, "train", 40) + coco_files(tmp_path, "val", 2)
+    image, banner = tmp_path / "train_pictures/sub/17.png", train.banner
+
+    def spoil_and_banner(*args):                                     # after the check
+        image.write_bytes(image.read_bytes()[:60]) if what == "broken" else image.unlink()
+        return banner(*args)
+    monkeypatch.setattr(train, "banner", spoil_and_banner)
+    message = run(*TINY, *files, "--num_workers", workers)
+    words = "cannot be read as an image" if what == "broken" else "not found, or no file"
+    assert message.startswith(f"error: {image} (image id 881) {words}") and "\n" not in message
+
+
 def reference_stats(gt, dt):
     """The 12 numbers by pycocotools."""
     COCO = pytest.importorskip("pycocotools.coco").COCO
@@ -3329,13 +3699,15 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone(tmp_path, ca
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
     Image.new("L", (40, 30), 99).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"no image")
+    (tmp_path / "c.jpg").symlink_to("nothing")
     photo = (tmp_path / "a.jpg").read_bytes()
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tmp_path / "w.pth"), str(tmp_path), "--out", str(tmp_path), "--threshold",
                       "0", "--top", "3", "--image_size", "64", "--device", "cpu"])
     assert stop.value.code == 1 and (tmp_path / "a.jpg").read_bytes() == photo
-    good, bad = json.load(open(tmp_path / "predictions.json"))
-    assert "b.jpg" in bad["error"] and Image.open(tmp_path / good["drawn"]).size == (40, 30)
+    good, bad, gone = json.load(open(tmp_path / "predictions.json"))
+    assert "b.jpg" in bad["error"] and "c.jpg not found" in gone["error"]
+    assert Image.open(tmp_path / good["drawn"]).size == (40, 30)
     scores = [d["score"] for d in good["detections"]]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 
