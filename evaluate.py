@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (COCO_CLASSES, CocoDataset, EvalSampler, ImageFolder, ShapesClassification,
-                  ShapesDataset, collate, cxcywh_to_xyxy, read_json)
+                  ShapesDataset, coco_paths, collate, cxcywh_to_xyxy, read_json)
 from model import (METAFORMERS, MetaFormer, MetaFormerConfig, ModelConfig, build_model,
                    load_weights, read_checkpoint)
 
@@ -936,8 +936,7 @@ def find_validation(args, info):
     split = "train" if overfit else "val"                            # of --overfit: its own images
     data = args.data or (not args.val_json and train.get("data"))
     if data:
-        paths = (os.path.join(data, f"annotations/instances_{split}2017.json"),
-                 os.path.join(data, f"{split}2017"))
+        paths = coco_paths(data, split)
     else:
         paths = (args.val_json or train.get(f"{split}_json"),
                  args.val_images or train.get(f"{split}_images"))

@@ -2763,6 +2763,13 @@ def rank_job(rank, world, ports, folder):
         saved["stopped", step] = attempt(*FROZEN, "--output_dir", f"stopped{step}")
         train.train_step = original
         torch.save(saved, f"{world}_{rank}.pt")
+    if world == 2:
+        if rank == 1:
+            train.train_step = not_finite_at(2, lambda model: bad_weight(model.module), {})
+        os.environ["MASTER_PORT"] = ports[6]
+        begin = time.time()
+        saved["failed"] = attempt(*FROZEN, "--output_dir", "failed"), time.time() - begin
+        torch.save(saved, f"{world}_{rank}.pt")
 
 
 def attempt(*options):
@@ -2777,7 +2784,7 @@ def ranks(tmp_path_factory):
     """What rank_job saved, by (world, rank), and the folder. A job that hangs is ended."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 3):
-        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(7)]
         ports = [str(s.getsockname()[1]) for s in free]
         [s.close() for s in free]
         job = mp.spawn(rank_job, (world, ports, str(folder)), nprocs=world, join=False)
@@ -2833,6 +2840,14 @@ def test_ctrl_c_that_reaches_one_rank_stops_all_at_the_same_step(ranks, step):
     assert codes == [130, 130]
     state = checkpoint(ranks[1] / f"stopped{step}/ckpt.pt")
     assert 3 * state["epoch"] + state["step"] in (step, step + 1)
+
+
+def test_a_rank_that_fails_is_named_and_the_others_end_within_seconds(ranks):
+    (zero, seconds), (one, _) = (ranks[0][2, rank]["failed"] for rank in (0, 1))
+    assert "another process has failed" in zero and seconds < 20
+    assert re.match(r"error on rank 1: epoch 1, step 2, rank 1, images \[.*not finite", one)
+    assert "first not finite: the weights of transformer.encoder.layers.0.linear2" in one
+    assert checkpoint(ranks[1] / "failed/nan_batch_1.pt")["rank"] == 1
 
 
 # -- resuming and checkpoints --------------------------------------------------------------------
@@ -3210,14 +3225,6 @@ def test_a_killed_loader_worker_is_explained(monkeypatch):
     assert "DataLoader worker" in message and "--num_workers" in message and "memory" in message
 
 
-def test_a_file_that_is_gone_is_named_by_one_line_from_a_worker(monkeypatch):
-    def read(self, i):
-        raise FileNotFoundError(f"photos/{i}.jpg not found: is the image folder the right one?")
-    monkeypatch.setattr(ShapesDataset, "read", read)
-    message = run(*TINY, "--num_workers", 1)
-    assert re.fullmatch(r"error: photos/\d+.jpg not found: is the .* right one\?", message)
-
-
 def test_a_checkpoint_from_before_an_option_existed_goes_on():
     assert run(*TINY, "--epochs", 1) == 0
     state = checkpoint("out/ckpt.pt")
@@ -3530,7 +3537,7 @@ def test_an_image_that_fails_in_training_is_one_line(tmp_path, monkeypatch, what
         image.write_bytes(image.read_bytes()[:60]) if what == "broken" else image.unlink()
         return banner(*args)
     monkeypatch.setattr(train, "banner", spoil_and_banner)
-    message = run(*TINY, *files, "--num_workers", workers)
+    message = run(*TINY_FILES, *files, "--num_workers", workers)
     words = "cannot be read as an image" if what == "broken" else "not found, or no file"
     assert message.startswith(f"error: {image} (image id 881) {words}") and "\n" not in message
 

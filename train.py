@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
-                  TrainSampler, collate, contact_sheet, cxcywh_to_xyxy, mix)
+                  TrainSampler, coco_paths, collate, contact_sheet, cxcywh_to_xyxy, mix)
 from evaluate import evaluate, to_device
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from model import (METAFORMERS, MODELS, RESNETS, MetaFormer, MetaFormerConfig, ModelConfig,
@@ -292,8 +292,7 @@ def data_paths(cfg, split):
             f"--train_json, --train_images, --val_json and --val_images; for class folders give "
             f"a classifier, as --model poolformer_s12; no COCO at hand? leave --data out for the "
             f"built-in shapes")
-    return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
-            os.path.join(cfg.data, f"{split}2017"))
+    return coco_paths(cfg.data, split)
 
 
 def build_datasets(cfg, model_cfg):
