@@ -922,16 +922,28 @@ def collate(samples):
     return images, valid, [target for _, target in samples]
 
 
-def sort_by_shape(shapes):
-    """Order of `shapes` (N, 2) in which neighbours have like heights and widths.
+def sort_by_shape(shapes, batch_size):
+    """Order of `shapes` (N, 2) whose batches of neighbours need little padding.
 
-    By aspect ratio into about sqrt(N) groups, by area within them, every other one downwards.
+    They are cut in two, sorted by height or by width, where the two parts padded to one size each
+    have the least area; the parts likewise, down to single batches.
     """
-    h, w = np.asarray(shapes, np.float64).T
-    order = np.argsort(h / w, kind="stable")
-    groups = np.array_split(order, max(1, round(len(order) ** 0.5 / 2)))
-    groups = [g[np.argsort((h * w)[g] * (-1) ** k, kind="stable")] for k, g in enumerate(groups)]
-    return np.concatenate(groups)
+    shapes, order, todo = np.asarray(shapes), [], [np.arange(len(shapes))]
+    while todo:
+        rows, best = todo.pop(), None
+        ends = np.arange(batch_size, len(rows), batch_size)          # whole batches before the cut
+        if not len(ends) or (shapes[rows] == shapes[rows[0]]).all():
+            order.append(rows)
+            continue
+        for side in (0, 1):
+            by_side = rows[np.argsort(shapes[rows, side], kind="stable")]
+            below = np.maximum.accumulate(shapes[by_side])[ends - 1].prod(1)
+            above = np.maximum.accumulate(shapes[by_side][::-1])[::-1][ends].prod(1)
+            areas = below * ends + above * (len(rows) - ends)
+            if best is None or areas.min() < best[0]:
+                best = areas.min(), by_side, ends[areas.argmin()]
+        todo += [best[1][best[2]:], best[1][:best[2]]]
+    return np.concatenate(order)
 
 
 class TrainSampler:
@@ -976,7 +988,8 @@ class TrainSampler:
         window = 32 * self.batch_size
         for start in range(0, len(order), window):
             part = slice(start, start + window)
-            batches = order[part][sort_by_shape(shapes[part])].reshape(-1, self.batch_size)
+            batches = order[part][sort_by_shape(shapes[part], self.batch_size)]
+            batches = batches.reshape(-1, self.batch_size)
             order[part] = batches[rng.permutation(len(batches))].reshape(-1)
         return order
 
@@ -989,7 +1002,7 @@ class EvalSampler:
 
     def __init__(self, dataset, batch_size, rank=0, world=1):
         shapes = [dataset.plan(0, i).size for i in range(len(dataset))]
-        order = sort_by_shape(shapes).tolist()
+        order = sort_by_shape(shapes, batch_size).tolist()
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = batches[rank::world]
 
