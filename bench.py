@@ -98,6 +98,10 @@ def always_masked(images, valid, device):
     return images.to(device), valid.to(device)
 
 
+def norm_of_conv(x, conv, norm):
+    return norm(conv(x))
+
+
 def read_losses(*args, step=train.train_step):
     return {name: value.item() for name, value in step(*args).items()}
 
@@ -122,6 +126,7 @@ def without_levers(off):
         "channels_last": (torch, "channels_last", torch.contiguous_format),
         "sdpa": (F, "scaled_dot_product_attention", explicit_attention),
         "mask_none": (train, "to_device", always_masked),
+        "folded_norm": (model_py, "conv_norm", norm_of_conv),
         "fused_adamw": (torch.optim, "AdamW", plain_adamw),
         "async_log": (train, "train_step", read_losses),
         "one_transfer": (losses, "match", match_by_layer),

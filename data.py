@@ -909,15 +909,18 @@ class ShapesClassification(ClassificationDataset):
 def collate(samples):
     """Images padded right and below with zeros to one size, and where they are.
 
-    samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW), valid bool
-    (B, IH, IW), True = image, and the list of targets.
+    samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW) in memory as
+    (B, IH, IW, 3), valid bool (B, IH, IW), True = image, and the list of targets.
     """
-    ih, iw = (max(image.shape[d] for image, _ in samples) for d in (1, 2))
-    images = torch.zeros(len(samples), 3, ih, iw, dtype=torch.uint8)
-    valid = torch.zeros(len(samples), ih, iw, dtype=torch.bool)
+    B, (ih, iw) = len(samples), (max(image.shape[d] for image, _ in samples) for d in (1, 2))
+    # channels last, as decoders give pixels and convolutions want them: rows are copied whole
+    images = torch.empty(B, ih, iw, 3, dtype=samples[0][0].dtype).permute(0, 3, 1, 2)
+    valid = torch.zeros(B, ih, iw, dtype=torch.bool)
     for k, (image, _) in enumerate(samples):
         _, h, w = image.shape
         images[k, :, :h, :w] = image
+        images[k, :, h:] = 0
+        images[k, :, :h, w:] = 0
         valid[k, :h, :w] = True
     return images, valid, [target for _, target in samples]
 
