@@ -956,7 +956,7 @@ class Layer(nn.Module):
         return norm(x + self.dropout(block(x)))
 
     def feed_forward(self, x):
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.linear2(self.dropout(F.relu_(self.linear1(x))))
 
 
 class EncoderLayer(Layer):
@@ -1045,7 +1045,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.relu_(layer(x))
         return self.layers[-1](x)
 
 
