@@ -1,15 +1,29 @@
 """Speed and memory, one JSON line per run.
 
+    python bench.py step                            # match, loss, backward, clip, optimizer too
+    python bench.py forward --batch_size 1 --height 480 --width 640 --dtype bfloat16
+    python bench.py loss --batch_size 8 --objects 20            # matching and loss alone
+    python bench.py step --without sdpa fused_adamw             # beside ours with these two off
+    python bench.py step --each --memory                        # ... with one lever off at a time
+    python bench.py step --official ../detr                     # beside the official code
+    python bench.py loader --data coco --images 64 --official ../detr
+    python bench.py padding --data coco             # share of padding by batch size, from the sizes
+    python bench.py mixers --threads 2 --plot mixers.png        # encoder by mixer and tokens
+    python bench.py loop --num_workers 1 --model detr_tiny      # what the training loop adds
     python bench.py evaluator                       # COCO evaluation of 500,000 detections
     python bench.py evaluator --peers --repeats 5   # beside pycocotools and others, if installed
-    python bench.py evaluator --detections 2000000
 
-Times are CPU seconds, user and system, of a process of its own; medians, the evaluators in turn.
+What is compared runs in turn, A B C A B C ..., on the same work and weights; medians, and "ratio":
+the time of each over ours. Evaluators: CPU seconds, user and system, each in a process of its own.
+--official takes a clone of facebookresearch/detr and the torchvision that it needs.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
+import math
 import os
 import resource
 import statistics
@@ -17,8 +31,560 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import losses
+import matcher
+import model as model_py
+import train
+
+# what can be turned off, and the modes in which it can matter; without_levers says for what
+LEVERS = {
+    "channels_last": ("forward", "step"), "sdpa": ("forward", "step"),
+    "mask_none": ("forward", "step"), "folded_norm": ("forward", "step"),
+    "fused_adamw": ("step",), "async_log": ("step",), "one_transfer": ("step", "loss"),
+    "broadcast_l1": ("step", "loss"), "per_image_cost": ("step", "loss"), "uint8": ("loader",)}
+
+
+# -- levers off ----------------------------------------------------------------------------------
+
+def explicit_attention(q, k, v, attended=None, dropout=0.0):
+    """What scaled_dot_product_attention computes, with the whole matrix of weights."""
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    if attended is not None:
+        scores = scores.masked_fill(~attended, -math.inf)
+    return F.dropout(scores.softmax(3), dropout) @ v
+
+
+@torch.no_grad()
+def cdist_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou):
+    """matching_cost with its L1 distance by cdist."""
+    labels, target_boxes = matcher.pad_targets(targets, logits.shape[-1] - 1, logits.device)
+    L, B, Q, _ = boxes.shape
+    p = logits.softmax(-1).gather(3, labels[None, :, None].expand(L, B, Q, -1))
+    l1 = torch.cdist(boxes, target_boxes.expand(L, -1, -1, -1), p=1)
+    giou = data.generalized_box_iou(data.cxcywh_to_xyxy(boxes), data.cxcywh_to_xyxy(target_boxes))
+    return cost_bbox * l1 - cost_class * p - cost_giou * giou
+
+
+@torch.no_grad()
+def all_pairs_cost(logits, boxes, targets, *weights, cost=matcher.matching_cost):
+    """matching_cost by way of all queries and all objects of the batch, as if of one image."""
+    (L, B, Q, _), counts = boxes.shape, [len(t["labels"]) for t in targets]
+    whole = {k: torch.cat([t[k] for t in targets]) for k in ("labels", "boxes")}
+    pairs = cost(logits.view(L, 1, B * Q, -1), boxes.view(L, 1, B * Q, 4), [whole], *weights)
+    blocks = pairs.view(L, B, Q, -1).split(counts, -1)
+    return torch.stack([F.pad(block[:, b], (0, max(counts) - counts[b]))
+                        for b, block in enumerate(blocks)], 1)
+
+
+def match_by_layer(logits, boxes, targets, *weights):
+    return [matcher.match(x, b, targets, *weights) for x, b in zip(logits, boxes)]
+
+
+def always_masked(images, valid, device):
+    return images.to(device), valid.to(device)
+
+
+def norm_of_conv(x, conv, norm):
+    return norm(conv(x))
+
+
+def read_losses(*args, step=train.train_step):
+    return {name: value.item() for name, value in step(*args).items()}
+
+
+def float_item(self, key, item=data.DetectionDataset.__getitem__):
+    """Normalised in the loader, four bytes per value."""
+    image, target = item(self, key)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.PIXEL_MEAN, data.PIXEL_STD))
+    return (image.float() - mean) / std, target
+
+
+def plain_adamw(groups, fused, AdamW=torch.optim.AdamW):
+    return AdamW(groups)
+
+
+def without_levers(off):
+    """A context in which the product lacks the levers `off`."""
+    cost = cdist_cost if "broadcast_l1" in off else matcher.matching_cost
+    if "per_image_cost" in off:
+        cost = functools.partial(all_pairs_cost, cost=cost)
+    replacements = {
+        "channels_last": (torch, "channels_last", torch.contiguous_format),
+        "sdpa": (F, "scaled_dot_product_attention", explicit_attention),
+        "mask_none": (train, "to_device", always_masked),
+        "folded_norm": (model_py, "conv_norm", norm_of_conv),
+        "fused_adamw": (torch.optim, "AdamW", plain_adamw),
+        "async_log": (train, "train_step", read_losses),
+        "one_transfer": (losses, "match", match_by_layer),
+        "broadcast_l1": (matcher, "matching_cost", cost),
+        "per_image_cost": (matcher, "matching_cost", cost),
+        "uint8": (data.DetectionDataset, "__getitem__", float_item)}
+    stack = contextlib.ExitStack()
+    for lever in off:
+        stack.enter_context(patch.object(*replacements[lever]))
+    return stack
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turn(runs, args):
+    """Seconds of each repeat of each of {name: (run, levers off)}, in turn after a first round."""
+    times = {name: [] for name in runs}
+    for k in range(args.repeats + 1):
+        for name, (run, off) in runs.items():
+            torch.backends.cuda.matmul.allow_tf32 = name != "official"    # as train.py
+            with without_levers(off):
+                wait(args.device)
+                start = time.perf_counter()
+                run()
+                wait(args.device)
+                times[name].append(time.perf_counter() - start)
+    return {name: t[1:] for name, t in times.items()}
+
+
+def summary(times):
+    """{name: median, least and largest of its times}, and the ratios of the medians to ours."""
+    seconds = {name: dict(median=round(statistics.median(t), 6), min=round(min(t), 6),
+                          max=round(max(t), 6)) for name, t in times.items()}
+    ours = next(iter(seconds.values()))["median"]
+    return {"seconds": seconds, "ratio": {name: round(s["median"] / ours, 3)
+                                          for name, s in list(seconds.items())[1:]}}
+
+
+def peak_memory(make, device):
+    """MB that making a run and doing it twice needs: of the GPU, or of the process beyond what it
+    had before (Linux: getrusage would count its parent, too)."""
+    def peak():
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+    before = 0 if device == "cuda" else peak()
+    run = make()
+    for _ in range(2):
+        run()
+    return round(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else
+                 peak() - before, 1)
+
+
+def count_syncs(run):
+    """How often the host waits for the GPU in a run; None on a CPU."""
+    if not torch.cuda.is_initialized():
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def count_flops(run):
+    """Floating-point operations of convolutions and matrix products in a run."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        getattr(run, "__wrapped__", run)()          # the counter does not know inference_mode
+    return counter.get_total_flops()
+
+
+def measured_tflops(args):
+    """The best of five products of large square matrices."""
+    n = 8192 if args.device == "cuda" else 2048
+    a, seconds = torch.randn(n, n, device=args.device, dtype=getattr(torch, args.dtype)), []
+    for _ in range(6):
+        wait(args.device)
+        start = time.perf_counter()
+        a @ a
+        wait(args.device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds) / 1e12
+
+
+def child(name, folder="-"):
+    """What this command prints for the part `name` in a process of its own: memory is per
+    process."""
+    out = subprocess.run([sys.executable, *sys.argv, "--one", name, folder],
+                         stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+# -- forward, step, loss -------------------------------------------------------------------------
+
+def make_batch(args, num_classes):
+    """Random images and targets, as the loader gives them."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(args.batch_size):
+        image = rng.integers(0, 256, (args.height, args.width, 3), dtype=np.uint8)
+        boxes = rng.uniform([0.2, 0.2, 0.05, 0.05], [0.8, 0.8, 0.4, 0.4], (args.objects, 4))
+        target = {"labels": torch.from_numpy(rng.integers(0, num_classes, args.objects)),
+                  "boxes": torch.from_numpy(boxes).float()}
+        samples.append((torch.from_numpy(image).permute(2, 0, 1), target))
+    return data.collate(samples)
+
+
+def autocast(args, dtype=None):
+    dtype = getattr(torch, dtype or args.dtype)
+    return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+
+
+def make_model(args):
+    torch.manual_seed(0)
+    model = model_py.build_model(args.model, **({"mixer": args.mixer} if args.mixer else {}))
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def make_run(args, compiled=False):
+    """The work of ours: a function without arguments that does it once."""
+    if args.what == "loss":
+        logits, boxes, targets = make_predictions(args)
+
+        def run():
+            logits.grad = boxes.grad = None
+            loss = losses.set_loss(logits, boxes, targets)["loss"]
+            loss.backward()
+            return loss.detach()
+        return run
+    model = make_model(args)
+    images, valid, targets = make_batch(args, model.cfg.num_classes)
+    network = torch.compile(model) if compiled else model
+    if args.what == "forward":
+        model.eval()
+
+        @torch.inference_mode()
+        def run():
+            with autocast(args):
+                return network(*train.to_device(images, valid, args.device))
+        return run
+    model.train()
+    cfg = train.TrainConfig(model=args.model)
+    optimizer = train.build_optimizer(model, cfg)
+    counts = losses.loss_counts(targets, model.cfg.num_queries)
+    configs, dtype = (model.cfg, losses.LossConfig(), cfg), getattr(torch, args.dtype)
+    return lambda: train.train_step(network, optimizer, [(images, valid, targets)], counts,
+                                    configs, 0, args.device, dtype)
+
+
+def make_predictions(args):
+    """Random logits (L, B, Q, K+1) and boxes (L, B, Q, 4) that ask for gradients, and targets."""
+    cfg = model_py.MODELS[args.model]
+    targets = make_batch(SimpleNamespace(**{**vars(args), "height": 8, "width": 8}),
+                         cfg.num_classes)[2]
+    torch.manual_seed(0)
+    shape = cfg.dec_layers, args.batch_size, cfg.num_queries
+    logits = torch.randn(*shape, cfg.num_classes + 1, device=args.device)
+    boxes = torch.rand(*shape, 4, device=args.device) * 0.5 + 0.1
+    return logits.requires_grad_(), boxes.requires_grad_(), targets
+
+
+def official_run(args):
+    """The same work, weights and numbers as make_run, done by the official code."""
+    models, cfg = import_official(args.official), model_py.MODELS[args.model]
+    options = SimpleNamespace(**asdict(cfg), **asdict(losses.LossConfig()), lr_backbone=1e-5,
+                              masks=False, dataset_file="coco", device=args.device)
+    network, criterion, _ = models.build_model(options)
+
+    def weighted(outputs, targets):
+        terms = criterion(outputs, targets)
+        return sum(terms[k] * w for k, w in criterion.weight_dict.items())
+    if args.what == "loss":
+        logits, boxes, targets = make_predictions(args)
+        targets = [{k: v.to(args.device) for k, v in t.items()} for t in targets]
+
+        def run():
+            logits.grad = boxes.grad = None
+            layers = [dict(pred_logits=x, pred_boxes=b) for x, b in zip(logits, boxes)]
+            loss = weighted({**layers[-1], "aux_outputs": layers[:-1]}, targets)
+            loss.backward()
+            return loss.detach()
+        return run
+    from util.misc import NestedTensor
+    network.load_state_dict(make_model(args).state_dict())
+    network.to(args.device).train(args.what == "step")
+    images, valid, targets = make_batch(args, cfg.num_classes)
+    images = model_py.Normalise()(images, None).contiguous()          # its loader does it
+    batch = NestedTensor(images, ~valid)
+    if args.what == "forward":
+        @torch.no_grad()
+        def run():
+            with autocast(args, args.official_dtype):
+                return network(batch.to(args.device))
+        return run
+    backbone = [p for n, p in network.named_parameters() if "backbone" in n and p.requires_grad]
+    others = [p for n, p in network.named_parameters() if "backbone" not in n]
+    optimizer = torch.optim.AdamW([dict(params=others), dict(params=backbone, lr=1e-5)], lr=1e-4,
+                                  weight_decay=1e-4)
+
+    def run():
+        moved = [{k: v.to(args.device) for k, v in t.items()} for t in targets]
+        with autocast(args, args.official_dtype):
+            outputs = network(batch.to(args.device))
+        layers = [{k: v.float() for k, v in o.items()}
+                  for o in (*outputs.pop("aux_outputs"), outputs)]
+        loss = weighted({**layers[-1], "aux_outputs": layers[:-1]}, moved)
+        assert math.isfinite(loss.item())                             # its loop looks at every step
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+        optimizer.step()
+    return run
+
+
+def import_official(folder):
+    """The official code's package of models; nothing is fetched."""
+    if not os.path.isdir(os.path.join(folder, "models")):
+        raise FileNotFoundError(f"{folder}/models not found: --official takes a clone of "
+                                f"github.com/facebookresearch/detr")
+    sys.path.insert(0, folder)
+    warnings.filterwarnings("ignore", module="torchvision|util|models")
+    import util.misc
+    util.misc.is_main_process = lambda: False       # no pretrained backbone: nothing is downloaded
+    import models
+    return models
+
+
+def variants(args):
+    """{name: (function that makes its run, levers that are off)}."""
+    made = {"ours": (make_run, ())}
+    mine = [lever for lever, modes in LEVERS.items() if args.what in modes]
+    for off in [[lever] for lever in mine] if args.each else [args.without] * bool(args.without):
+        made["without " + " ".join(off)] = make_run, tuple(off)
+    if args.compile:
+        made["compiled"] = functools.partial(make_run, compiled=True), ()
+    if args.official:
+        made["official"] = official_run, ()
+    return made
+
+
+def bench_model(args):
+    """forward, step and loss."""
+    made = variants(args)
+    if args.one:
+        make, off = made[args.one[0]]
+        with without_levers(off):
+            return peak_memory(lambda: make(args), args.device)
+    runs = {}
+    for name, (make, off) in made.items():
+        with without_levers(off):
+            runs[name] = make(args), off
+    result = summary(in_turn(runs, args))
+    result["images_per_s"] = {name: round(args.batch_size / s["median"], 3)
+                              for name, s in result["seconds"].items()}
+    run = runs["ours"][0]
+    result["host_syncs"] = count_syncs(run)
+    if args.memory:
+        result["memory_mb"] = {name: child(name) for name in runs}
+    if args.what == "loss":
+        if args.official:
+            ours, theirs = runs["ours"][0]().item(), runs["official"][0]().item()
+            result["difference"] = abs(ours - theirs) / theirs
+        return result
+    if args.what == "forward" and args.official:
+        ours, theirs = runs["ours"][0](), runs["official"][0]()
+        result["difference"] = (ours[1][-1] - theirs["pred_boxes"].float()).abs().max().item()
+    tflops = count_flops(run) / result["seconds"]["ours"]["median"] / 1e12
+    peak = args.peak_tflops or measured_tflops(args)
+    return {**result, "tflops": round(tflops, 4), "peak_tflops": round(peak, 4),
+            "peak": "given" if args.peak_tflops else "measured", "mfu": round(tflops / peak, 4)}
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+def training_set(args):
+    """The training set of --data, with the official augmentation."""
+    if args.data:
+        paths = (os.path.join(args.data, "annotations/instances_train2017.json"),
+                 os.path.join(args.data, "train2017"))
+    elif args.train_json and args.train_images:
+        paths = args.train_json, args.train_images
+    else:
+        raise ValueError(f"{args.what} needs images: --data DIR in COCO layout, or --train_json "
+                         f"and --train_images")
+    return data.CocoDataset(*paths, augment=True)
+
+
+def padding_share(dataset, batches):
+    """Share of the pixels of these batches of keys that is padding."""
+    image = padded = 0
+    for keys in batches:
+        sizes = np.array([dataset.plan(*key).size for key in keys])
+        image += sizes.prod(1).sum()
+        padded += len(keys) * sizes.max(0).prod()
+    return round(float(1 - image / padded), 4)
+
+
+def bench_padding(args):
+    """By batch size; without decoding an image. The images repeat, with other random sizes, to
+    fill at least 20,000: a window of the sampler is never the whole epoch."""
+    dataset = training_set(args)
+    n = max(args.images or 20_000, len(dataset))
+    dataset.sizes, dataset.image_ids = np.resize(dataset.sizes, (n, 2)), np.arange(n)
+    return {"images": n, "padding": {
+        B: {name: padding_share(dataset, data.TrainSampler(dataset, B, 42, group_by_shape=grouped))
+            for name, grouped in (("ours", True), ("without grouping", False))}
+        for B in (2, 4, 8, 16, 32)}}
+
+
+class OfficialItems(torch.utils.data.Dataset):
+    """The images of a CocoDataset read and changed by the official code, as its plans say."""
+
+    def __init__(self, dataset, folder):
+        import_official(folder)
+        import datasets.transforms as T
+        from datasets.coco import CocoDetection
+        self.dataset, self.T = dataset, T
+        self.items = CocoDetection(dataset.image_dir, dataset.json_path, None, False)
+        self.last = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406],
+                                                         [0.229, 0.224, 0.225])])
+
+    def __getitem__(self, key):
+        (epoch, i), T = key, self.T
+        plan = self.dataset.plan(epoch, i)
+        image, target = self.items[i]
+        if plan.flip:
+            image, target = T.hflip(image, target)
+        if plan.first:
+            image, target = T.resize(image, target, plan.first[::-1])
+        if plan.crop:
+            image, target = T.crop(image, target, plan.crop)
+        return self.last(*T.resize(image, target, plan.size[::-1]))
+
+
+def bench_loader(args):
+    """Images/s of the loader, per process; the official transforms carry out the same plans."""
+    dataset = training_set(args)
+    sampler = data.TrainSampler(dataset, args.batch_size, 42)
+    batches = list(sampler)[:max(1, (args.images or 64) // args.batch_size)]
+    made = {name: (functools.partial(DataLoader, dataset, collate_fn=data.collate), off)
+            for name, (_, off) in variants(args).items() if name != "official"}
+    if args.official:
+        items = OfficialItems(dataset, args.official)
+        from util.misc import collate_fn
+        made["official"] = functools.partial(DataLoader, items, collate_fn=collate_fn), ()
+
+    def run(make):
+        loader = make(batch_sampler=batches, num_workers=args.num_workers)
+        return sum(len(targets) for *_, targets in loader)
+    runs = {name: (functools.partial(run, make), off) for name, (make, off) in made.items()}
+    result, n = summary(in_turn(runs, args)), len(batches) * args.batch_size
+    result.update(images=n, padding=padding_share(dataset, batches), images_per_s={
+        name: round(n / s["median"], 2) for name, s in result["seconds"].items()})
+    if args.official:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.PIXEL_MEAN, data.PIXEL_STD))
+        keys = sum(batches, [])[:16]
+        pixels = [(dataset[k][0], (items[k][0] * std + mean).round()) for k in keys]
+        result["pixels_differ_by"] = max((a - b).abs().max().item() for a, b in pixels)
+    return result
+
+
+# -- mixers, training loop -----------------------------------------------------------------------
+
+def make_encoder_run(name, args):
+    """Forward and backward pass of an encoder; name: mixer and grid, as in "pool 25 34".
+
+    Without dropout, with which the CPU's attention would fall back to whole matrices of weights.
+    """
+    mixer, H, W = name.split()
+    H, W = int(H), int(W)
+    cfg = model_py.MODELS[args.model]
+    cfg = replace(cfg, mixer=mixer, dropout=0.0, grid_rows=max(H, cfg.grid_rows),
+                  grid_cols=max(W, cfg.grid_cols))
+    encoder = model_py.Encoder(cfg).to(args.device)
+    x = torch.randn(args.batch_size, H * W, cfg.hidden_dim, device=args.device, requires_grad=True)
+    pos = torch.randn(1, H * W, cfg.hidden_dim, device=args.device)
+
+    def run():
+        encoder.zero_grad()
+        with autocast(args):
+            y = encoder(x, pos, None, (H, W))
+        y.float().sum().backward()
+    return run
+
+
+def bench_mixers(args):
+    """Time and memory of the encoder by mixer and number of tokens."""
+    if args.one:
+        return peak_memory(lambda: make_encoder_run(args.one[0], args), args.device)
+    names = [f"{mixer} {H} {W}" for mixer in args.mixers for H, W in args.grids]
+    times = in_turn({name: (make_encoder_run(name, args), ()) for name in names}, args)
+    rows = []
+    for name in names:
+        mixer, H, W = name.split()
+        rows.append(dict(mixer=mixer, tokens=int(H) * int(W),
+                         **summary({name: times[name]})["seconds"][name], memory_mb=child(name)))
+    if args.plot:
+        plot_mixers(rows, args.plot)
+    return {"rows": rows}
+
+
+def plot_mixers(rows, path):
+    """Time and memory over the number of tokens, a line for each mixer."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, field, unit in zip(axes, ("median", "memory_mb"), ("seconds", "peak memory, MB")):
+        for mixer in dict.fromkeys(r["mixer"] for r in rows):
+            points = [(r["tokens"], r[field]) for r in rows if r["mixer"] == mixer]
+            axis.plot(*zip(*points), marker=".", label=mixer)
+        axis.set(xlabel="tokens", title=f"encoder, forward and backward: {unit}", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def bench_loop(args):
+    """Shares of the training loop's time, in epochs on the built-in shapes, the first left out:
+    waiting for data; the step (model, loss, optimizer); the rest."""
+    marks, step = [], train.train_step
+
+    def timed_step(*a):
+        start = time.perf_counter()
+        result = step(*a)
+        wait(args.device)
+        marks.append((start, time.perf_counter()))
+        return result
+
+    B, n, folder = args.batch_size, 60, tempfile.TemporaryDirectory()
+    given = dict(model=args.model, train_shapes=B * n, val_shapes=8, batch_size=B, log_every=n,
+                 epochs=args.repeats + 1, eval_every=args.repeats + 1, device=args.device,
+                 dtype=args.dtype, num_workers=args.num_workers, output_dir=folder.name)
+    with folder, patch.object(train, "train_step", timed_step), \
+            contextlib.redirect_stdout(sys.stderr):
+        train.train(*train.make_configs(given), 0, 1, args.device)
+        records = [json.loads(line) for line in open(os.path.join(folder.name, "steps.txt"))]
+    shares = {"data": [], "step": [], "rest": []}
+    for epoch, record in list(enumerate(records))[1:]:
+        steps = marks[epoch * n:(epoch + 1) * n]
+        seconds = n * B / record["images_per_s"]
+        shares["data"].append(record["data_share"])
+        shares["step"].append(sum(end - start for start, end in steps) / seconds)
+        shares["rest"].append(1 - shares["data"][-1] - shares["step"][-1])
+    return {"steps": n, "share": {name: dict(median=round(statistics.median(s), 4),
+                                             min=round(min(s), 4), max=round(max(s), 4))
+                                  for name, s in shares.items()},
+            "ms_per_step": round(1000 * seconds / n, 3)}
+
+
+# -- evaluator -----------------------------------------------------------------------------------
+
+
+# -- evaluator -----------------------------------------------------------------------------------
 
 EVALUATORS = ("columns", "files", "pycocotools", "faster_coco_eval", "hotcoco")
 
@@ -59,7 +625,7 @@ def write_workload(folder, args):
     if args.gt:
         gt, dt = (json.load(open(path)) for path in (args.gt, args.dt))
     else:
-        gt, dt = make_detections(args.detections, args.images)
+        gt, dt = make_detections(args.detections, args.images or 5000)
     for name, content in (("gt", gt), ("dt", dt)):
         with open(os.path.join(folder, f"{name}.json"), "w") as file:
             json.dump(content, file)
@@ -115,36 +681,92 @@ def bench_evaluator(args):
     """Medians over the repeats of each evaluator that is installed."""
     names = [name for name in EVALUATORS[:None if args.peers else 2]
              if name in EVALUATORS[:2] or importlib.util.find_spec(name)]
+    if args.one:
+        name, folder = args.one
+        return (write_workload(folder, args) if name == "workload" else
+                run_evaluator(name, folder))
     with tempfile.TemporaryDirectory() as folder:
-
-        def run(name):                              # in a process of its own: memory is per process
-            out = subprocess.run([sys.executable, *sys.argv, "--one", name, folder],
-                                 stdout=subprocess.PIPE, text=True, check=True).stdout
-            return json.loads(out.splitlines()[-1])
-        sizes, runs = run("workload"), {name: [] for name in names}
+        sizes, runs = child("workload", folder), {name: [] for name in names}
         for _ in range(args.repeats):
             for name in names:
-                runs[name].append(run(name))
+                runs[name].append(child(name, folder))
     return {**sizes, "repeats": args.repeats,
             **{name: {field: round(statistics.median(r[field] for r in runs[name]), 4)
                       for field in runs[name][0]} for name in names}}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+# -- command line --------------------------------------------------------------------------------
+
+MODES = dict(forward=bench_model, step=bench_model, loss=bench_model, loader=bench_loader,
+             padding=bench_padding, mixers=bench_mixers, loop=bench_loop, evaluator=bench_evaluator)
+# options that the line repeats
+SHOWN = dict(model="model mixer batch_size height width objects device dtype".split(),
+             loader=["batch_size", "num_workers"], padding=[],
+             mixers=["model", "batch_size", "device", "dtype"],
+             loop=["model", "batch_size", "device", "dtype", "num_workers"])
+
+
+def grid(text):
+    H, W = text.split("x")
+    return int(H), int(W)
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["evaluator"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("what", choices=MODES)
+    parser.add_argument("--repeats", type=int, default=0, help="default 7, evaluator 5")
+    parser.add_argument("--model", default="detr_r50", choices=[
+        name for name in model_py.MODELS if name not in model_py.METAFORMERS])
+    parser.add_argument("--mixer", default="", choices=["", *model_py.MIXERS])
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--height", type=int, default=320)
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--objects", type=int, default=7, help="targets of each image")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it chooses")
+    parser.add_argument("--without", nargs="+", default=[], choices=LEVERS, metavar="LEVER",
+                        help=f"beside ours without these, of {', '.join(LEVERS)}")
+    parser.add_argument("--each", action="store_true", help="beside ours without each lever")
+    parser.add_argument("--compile", action="store_true", help="beside ours under torch.compile")
+    parser.add_argument("--official", default="", help="a clone of facebookresearch/detr")
+    parser.add_argument("--official_dtype", default="", choices=["", "float32", "bfloat16"])
+    parser.add_argument("--memory", action="store_true", help="CPU: in processes of their own")
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="0: a matrix product's")
+    parser.add_argument("--data", default="", help="loader, padding: COCO layout, or the next two")
+    parser.add_argument("--train_json", default="")
+    parser.add_argument("--train_images", default="")
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--mixers", nargs="+",
+                        default="attention pool identity mlp random conv".split())
+    parser.add_argument("--grids", nargs="+", type=grid, default=[(25, 34), (34, 50), (50, 68)])
+    parser.add_argument("--plot", default="", help="mixers: a picture, .png or .svg")
     parser.add_argument("--detections", type=int, default=500_000)
-    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=0,
+                        help="evaluator 5000, loader 64, padding 20,000 or all")
     parser.add_argument("--gt", default="", help="COCO files to evaluate instead of generated ones")
     parser.add_argument("--dt", default="")
     parser.add_argument("--peers", action="store_true", help="other evaluators that are installed")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    name, folder = args.one or ("", "")
-    print(json.dumps(bench_evaluator(args) if not name else write_workload(folder, args)
-                     if name == "workload" else run_evaluator(name, folder)))
+    return parser
+
+
+def main(argv=None):
+    parser = options()
+    args = parser.parse_args(argv)
+    args.repeats = args.repeats or (5 if args.what == "evaluator" else 7)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        result = MODES[args.what](args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if not args.one and args.what != "evaluator":
+        shown = SHOWN["model" if MODES[args.what] is bench_model else args.what]
+        result = {"what": args.what, **{k: getattr(args, k) for k in shown},
+                  "threads": torch.get_num_threads(), "repeats": args.repeats, **result}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

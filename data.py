@@ -965,32 +965,61 @@ class ShapesClassification(ClassificationDataset):
 
 # -- batches -------------------------------------------------------------------------------------
 
+class Target(dict):
+    """A target whose tensors leave a loader's worker by value: torch would open a file for each of
+    them, which takes a third of a millisecond, and the number of open files is limited."""
+
+    def __reduce__(self):
+        return Target.from_arrays, ({k: v.numpy() if isinstance(v, torch.Tensor) else v
+                                     for k, v in self.items()},)
+
+    @staticmethod
+    def from_arrays(arrays):
+        return Target({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                       for k, v in arrays.items()})
+
+
 def collate(samples):
     """Images padded right and below with zeros to one size, and where they are.
 
-    samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW), valid bool
-    (B, IH, IW), True = image, and the list of targets.
+    samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW) in memory as
+    (B, IH, IW, 3), valid bool (B, IH, IW), True = image, and the list of targets.
     """
-    ih, iw = (max(image.shape[d] for image, _ in samples) for d in (1, 2))
-    images = torch.zeros(len(samples), 3, ih, iw, dtype=torch.uint8)
-    valid = torch.zeros(len(samples), ih, iw, dtype=torch.bool)
+    B, (ih, iw) = len(samples), (max(image.shape[d] for image, _ in samples) for d in (1, 2))
+    # channels last, as decoders give pixels and convolutions want them: rows are copied whole
+    images = torch.empty(B, ih, iw, 3, dtype=samples[0][0].dtype).permute(0, 3, 1, 2)
+    valid = torch.zeros(B, ih, iw, dtype=torch.bool)
     for k, (image, _) in enumerate(samples):
         _, h, w = image.shape
         images[k, :, :h, :w] = image
+        images[k, :, h:] = 0
+        images[k, :, :h, w:] = 0
         valid[k, :h, :w] = True
-    return images, valid, [target for _, target in samples]
+    return images, valid, [Target(target) for _, target in samples]
 
 
-def sort_by_shape(shapes):
-    """Order of `shapes` (N, 2) in which neighbours have like heights and widths.
+def sort_by_shape(shapes, batch_size):
+    """Order of `shapes` (N, 2) whose batches of neighbours need little padding.
 
-    By aspect ratio into about sqrt(N) groups, by area within them, every other one downwards.
+    They are cut in two, sorted by height or by width, where the two parts padded to one size each
+    have the least area; the parts likewise, down to single batches.
     """
-    h, w = np.asarray(shapes, np.float64).T
-    order = np.argsort(h / w, kind="stable")
-    groups = np.array_split(order, max(1, round(len(order) ** 0.5 / 2)))
-    groups = [g[np.argsort((h * w)[g] * (-1) ** k, kind="stable")] for k, g in enumerate(groups)]
-    return np.concatenate(groups)
+    shapes, order, todo = np.asarray(shapes), [], [np.arange(len(shapes))]
+    while todo:
+        rows, best = todo.pop(), None
+        ends = np.arange(batch_size, len(rows), batch_size)          # whole batches before the cut
+        if not len(ends) or (shapes[rows] == shapes[rows[0]]).all():
+            order.append(rows)
+            continue
+        for side in (0, 1):
+            by_side = rows[np.argsort(shapes[rows, side], kind="stable")]
+            below = np.maximum.accumulate(shapes[by_side])[ends - 1].prod(1)
+            above = np.maximum.accumulate(shapes[by_side][::-1])[::-1][ends].prod(1)
+            areas = below * ends + above * (len(rows) - ends)
+            if best is None or areas.min() < best[0]:
+                best = areas.min(), by_side, ends[areas.argmin()]
+        todo += [best[1][best[2]:], best[1][:best[2]]]
+    return np.concatenate(order)
 
 
 class TrainSampler:
@@ -1035,7 +1064,8 @@ class TrainSampler:
         window = 32 * self.batch_size
         for start in range(0, len(order), window):
             part = slice(start, start + window)
-            batches = order[part][sort_by_shape(shapes[part])].reshape(-1, self.batch_size)
+            batches = order[part][sort_by_shape(shapes[part], self.batch_size)]
+            batches = batches.reshape(-1, self.batch_size)
             order[part] = batches[rng.permutation(len(batches))].reshape(-1)
         return order
 
@@ -1048,7 +1078,7 @@ class EvalSampler:
 
     def __init__(self, dataset, batch_size, rank=0, world=1):
         shapes = [dataset.plan(0, i).size for i in range(len(dataset))]
-        order = sort_by_shape(shapes).tolist()
+        order = sort_by_shape(shapes, batch_size).tolist()
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = batches[rank::world]
 

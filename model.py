@@ -207,9 +207,12 @@ class FrozenBatchNorm2d(nn.Module):
                             ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((C,), value))
 
-    def forward(self, x):                                           # (B, C, H, W)
+    def scale_and_shift(self):
         scale = self.weight * (self.running_var + 1e-5).rsqrt()     # (C,)
-        shift = self.bias - self.running_mean * scale
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x):                                           # (B, C, H, W)
+        scale, shift = self.scale_and_shift()
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
@@ -238,6 +241,16 @@ class BatchNorm2d(nn.BatchNorm2d):
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d}
 
 
+def conv_norm(x, conv, norm):
+    """norm(conv(x)). A frozen norm becomes part of the convolution's weight and its bias: no pass
+    over the map, forward or backward, is left for it."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions beside the identity (arXiv:1512.03385, Fig. 5 left)."""
     expansion = 1
@@ -251,8 +264,9 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(cin, width, stride, norm)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = F.relu_(conv_norm(x, self.conv1, self.bn1))
+        y = conv_norm(y, self.conv2, self.bn2)
+        return F.relu_(y.add_(self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -270,16 +284,24 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(cin, 4 * width, stride, norm)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = F.relu_(conv_norm(x, self.conv1, self.bn1))
+        y = F.relu_(conv_norm(y, self.conv2, self.bn2))
+        y = conv_norm(y, self.conv3, self.bn3)
+        return F.relu_(y.add_(self.downsample(x)))
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution and its norm."""
+
+    def forward(self, x):
+        return conv_norm(x, *self)
 
 
 def shortcut(cin, cout, stride, norm):
     """The identity, or a 1 x 1 convolution where the shape changes."""
     if stride == 1 and cin == cout:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
+    return ConvNorm(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 
 
 # block, blocks per stage, channels of the first stage, file published by torchvision (ImageNet V1)
@@ -323,7 +345,7 @@ class ResNet(nn.Module):
                 p.requires_grad_(False)
 
     def forward(self, x):                                           # (B, 3, IH, IW)
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), 3, 2, 1)
         for name in self.stages:
             x = getattr(self, name)(x)
         return x                                                    # (B, num_channels, H, W)
@@ -934,7 +956,7 @@ class Layer(nn.Module):
         return norm(x + self.dropout(block(x)))
 
     def feed_forward(self, x):
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.linear2(self.dropout(F.relu_(self.linear1(x))))
 
 
 class EncoderLayer(Layer):
@@ -1023,7 +1045,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.relu_(layer(x))
         return self.layers[-1](x)
 
 

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -28,6 +29,7 @@ import time
 import urllib.error
 import zlib
 from dataclasses import asdict
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+import bench
 import data
 import evaluate
 import model as model_py
@@ -50,7 +53,8 @@ import train
 from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
                   cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, open_images,
                   overlap, Plan, plan_training, rand_augment, RAND_AUGMENT, random_erase,
-                  read_image, resized, ShapesClassification, ShapesDataset, show, TrainSampler,
+                  read_image, resized, ShapesClassification, ShapesDataset, show, sort_by_shape,
+                  Target, TrainSampler,
                   xyxy_to_cxcywh)
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
@@ -762,11 +766,12 @@ def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
 
 def test_collate_pads_right_and_below_and_says_where():
     wide, tall = (torch.full((3, *s), v, dtype=torch.uint8) for s, v in (((2, 5), 7), ((4, 3), 9)))
-    images, valid, targets = collate([(wide, "a"), (tall, "b")])
+    images, valid, targets = collate([(wide, {"index": 0}), (tall, {"index": 1})])
     expected = np.zeros((2, 3, 4, 5), np.uint8)
     expected[0, :, :2, :], expected[1, :, :, :3] = 7, 9
     assert (images.numpy() == expected).all() and images.dtype == torch.uint8
-    assert (valid.numpy() == (expected[:, 0] > 0)).all() and targets == ["a", "b"]
+    assert (valid.numpy() == (expected[:, 0] > 0)).all() and targets == [{"index": 0}, {"index": 1}]
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 class Sized:
@@ -4059,6 +4064,116 @@ def test_multiply_adds_count_the_attention():
              for mixer in ("attention", "identity")]
     projections, products = 4 * 32 * 32 * (64 + 12), 2 * 32 * (64**2 + 12**2)
     assert count[0] - count[1] == projections + products
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+def test_batches_of_like_shape_are_whole_and_waste_little():
+    sizes = [plan_training(*((480, 640), (640, 427), (640, 480), (375, 500))[i % 4], 800, 1333,
+                           random.Random(i)).size for i in range(512)]
+    order = sort_by_shape(sizes, 16)
+    assert sorted(order.tolist()) == list(range(512))
+
+    def padding(order):
+        batches = np.array(sizes)[order].reshape(-1, 16, 2)
+        return 1 - batches.prod(2).sum() / (16 * batches.max(1).prod(1).sum())
+    assert padding(order) < 0.12 < 0.5 < padding(np.arange(512))
+    assert sort_by_shape([(5, 5)] * 7, 2).tolist() == list(range(7))  # nothing to gain
+    rest = sort_by_shape(sizes[:37], 16)
+    assert sorted(rest.tolist()) == list(range(37))
+
+
+def test_targets_travel_by_value():
+    target = Target(labels=torch.tensor([3]), boxes=torch.rand(1, 4), index=7, orig_size=(2, 3))
+    buffer = io.BytesIO()
+    ForkingPickler(buffer, -1).dump(target)
+    assert b"rebuild_storage" not in buffer.getvalue()                # no file per tensor
+    back = pickle.loads(buffer.getvalue())
+    assert type(back) is Target and back["index"] == 7 and back["orig_size"] == (2, 3)
+    assert torch.equal(back["boxes"], target["boxes"]) and back["labels"].dtype == torch.int64
+
+
+def test_a_frozen_norm_is_the_same_folded_into_its_convolution():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 3, 2, 1, bias=False)
+    norm, x = model_py.FrozenBatchNorm2d(8), torch.randn(2, 6, 9, 9, requires_grad=True)
+    for value in norm.buffers():
+        value.uniform_(0.5, 2)
+    expected = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    inputs = x, conv.weight
+    grads = torch.autograd.grad(expected.square().sum(), inputs)
+    y = model_py.conv_norm(x, conv, norm)
+    assert_close(y, expected)
+    assert_close(torch.autograd.grad(y.square().sum(), inputs), grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("off", [["broadcast_l1"], ["per_image_cost"],
+                                 ["broadcast_l1", "per_image_cost", "one_transfer"], ["sdpa"],
+                                 ["folded_norm", "channels_last", "mask_none"]])
+def test_levers_change_the_speed_alone(off):
+    args = bench.options().parse_args(
+        ["loss" if "l1" in off[0] or "cost" in off[0] else "forward", "--height", "64",
+         "--width", "64", "--model", "detr_tiny", "--device", "cpu"])
+    results = []
+    for levers in ([], off):
+        with bench.without_levers(levers):
+            results.append(bench.make_run(args)())
+    assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def bench_line(capsys, monkeypatch, *options):
+    """The JSON line of bench.py."""
+    monkeypatch.setattr(sys, "argv", [bench.__file__, *map(str, options)])
+    bench.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("what, levers", [("forward", 4), ("step", 9), ("loss", 3)])
+def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, what, levers):
+    r = bench_line(capsys, monkeypatch, what, "--each", "--model", "detr_tiny", "--height", 64,
+                   "--width", 64, "--repeats", 1, "--device", "cpu", "--peak_tflops", 0.1)
+    assert len(r["seconds"]) == levers + 1 and r["seconds"].keys() - r["ratio"].keys() == {"ours"}
+    for name, s in r["seconds"].items():
+        assert 0 < s["min"] <= s["median"] <= s["max"]
+        assert r["images_per_s"][name] == pytest.approx(2 / s["median"], rel=0.02)
+    assert r["host_syncs"] is None and r["batch_size"] == 2 and r["what"] == what
+    if what == "forward":                                             # 2 images of 64 x 64 pixels
+        macs = multiply_adds(build_model("detr_tiny"), torch.zeros(2, 3, 64, 64)) / 1e12
+        assert r["tflops"] == pytest.approx(2 * macs / r["seconds"]["ours"]["median"], rel=0.02)
+        assert r["mfu"] == pytest.approx(10 * r["tflops"], abs=1e-3)
+
+
+def test_bench_measures_padding_and_the_loader(tmp_path, capsys, monkeypatch):
+    files = coco_files(tmp_path, "train", 6)
+    keys, dataset = [[(0, 0), (0, 1)], [(0, 2)]], Sized(3)
+    dataset.sizes = [(4, 8), (8, 4), (5, 5)]
+    assert bench.padding_share(dataset, keys) == round(1 - 89 / 153, 4)
+    r = bench_line(capsys, monkeypatch, "padding", *files, "--images", 64)["padding"]
+    assert all(0 <= r[B]["ours"] <= r[B]["without grouping"] < 1 for B in ("2", "4", "8", "16"))
+    r = bench_line(capsys, monkeypatch, "loader", *files, "--images", 4, "--without", "uint8",
+                   "--repeats", 1)
+    assert r["images"] == 4 and list(r["ratio"]) == ["without uint8"] and 0 <= r["padding"] < 1
+    with pytest.raises(SystemExit):
+        bench_line(capsys, monkeypatch, "loader")
+    assert "--data DIR in COCO layout" in capsys.readouterr().err
+
+
+def test_bench_measures_mixers_and_the_training_loop(tmp_path, capsys, monkeypatch):
+    r = bench_line(capsys, monkeypatch, "mixers", "--model", "detr_tiny", "--mixers", "pool",
+                   "--grids", "4x5", "--repeats", 1, "--device", "cpu", "--plot",
+                   tmp_path / "mixers.png")
+    assert [(row["mixer"], row["tokens"]) for row in r["rows"]] == [("pool", 20)]
+    assert r["rows"][0]["memory_mb"] > 0 and Image.open(tmp_path / "mixers.png").width > 500
+    r = bench_line(capsys, monkeypatch, "loop", "--model", "detr_tiny", "--repeats", 1,
+                   "--device", "cpu")
+    assert sum(share["median"] for share in r["share"].values()) == pytest.approx(1, abs=1e-3)
+    assert r["steps"] == 60 and all(0 <= s["median"] <= 1 for s in r["share"].values())
+
+
+def test_bench_says_what_the_official_option_takes(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        bench_line(capsys, monkeypatch, "loss", "--official", tmp_path)
+    assert "takes a clone of github.com/facebookresearch/detr" in capsys.readouterr().err
 
 
 if __name__ == "__main__":
