@@ -113,8 +113,15 @@ def float_item(self, key, item=data.DetectionDataset.__getitem__):
     return (image.float() - mean) / std, target
 
 
-def plain_adamw(groups, fused, AdamW=torch.optim.AdamW):
-    return AdamW(groups)
+class PlainAdamW(torch.optim.AdamW):
+    """torch's default, which knows nothing of found_inf."""
+
+    def __init__(self, groups, fused):
+        super().__init__(groups)
+
+    def step(self):
+        del self.found_inf
+        super().step()
 
 
 def without_levers(off):
@@ -127,7 +134,7 @@ def without_levers(off):
         "sdpa": (F, "scaled_dot_product_attention", explicit_attention),
         "mask_none": (train, "to_device", always_masked),
         "folded_norm": (model_py, "conv_norm", norm_of_conv),
-        "fused_adamw": (torch.optim, "AdamW", plain_adamw),
+        "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
         "async_log": (train, "train_step", read_losses),
         "one_transfer": (losses, "match", match_by_layer),
         "broadcast_l1": (matcher, "matching_cost", cost),
@@ -579,9 +586,6 @@ def bench_loop(args):
                                              min=round(min(s), 4), max=round(max(s), 4))
                                   for name, s in shares.items()},
             "ms_per_step": round(1000 * seconds / n, 3)}
-
-
-# -- evaluator -----------------------------------------------------------------------------------
 
 
 # -- evaluator -----------------------------------------------------------------------------------

@@ -3981,7 +3981,7 @@ def test_what_is_no_classification_data_set_is_an_error(tmp_path):
                         ("other", ["1 missing ['red']", "1 unknown ['yellow']"])):
         message = folder_run(tmp_path / name, "out")
         assert message.startswith("error") and all(word in message for word in words), message
-    assert "poolformer_s12" in run(*TINY, "--data", tmp_path / "one")
+    assert "poolformer_s12" in run(*TINY_FILES, "--data", tmp_path / "one")
     message = folder_run(colour_folders(tmp_path / "few", train_images=2), "out")
     assert "6 images, fewer than --batch_size 8" in message
 

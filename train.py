@@ -600,11 +600,11 @@ def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
     limit = configs[2].clip_max_norm or math.inf
     norm = totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     lost = getattr(optimizer, "found_inf", torch.zeros_like(norm))
-    # the fused optimizer does nothing where this is 1
-    optimizer.found_inf = lost.maximum((~(totals["loss"] + norm).isfinite()).float())
+    lost = lost.maximum((~(totals["loss"] + norm).isfinite()).float())
+    optimizer.found_inf = lost                     # the fused optimizer does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad()
-    return {**totals, "lost": optimizer.found_inf}
+    return {**totals, "lost": lost}
 
 
 def add_gradients(model, parts, counts, configs, at, device, dtype):
@@ -686,6 +686,7 @@ def explain_not_finite(run, at, text):
         return ValueError(f"{where}: {text}, but not in this process's share: see the others")
     epoch, step = divmod(at, sampler.steps)
     terms = {k: v.item() for k, v in losses.items() if not k[-1].isdigit()}
+    parts = [(*images, list(map(dict, targets))) for *images, targets in parts]      # plain data
     path = os.path.join(cfg.output_dir, f"nan_batch{f'_{run.rank}' if run.rank else ''}.pt")
     try:
         torch.save(dict(epoch=epoch, step=step, rank=run.rank, image_ids=ids, parts=parts,
