@@ -1027,8 +1027,9 @@ class TrainSampler:
 
     Every step takes batch_size images over all ranks and accumulated parts; the images of a step
     are the same for any number of ranks. With group_by_shape they are alike in shape: windows of 32
-    steps are sorted and cut, and the steps of a window shuffled. What is left at an epoch's end and
-    fills no step is dropped, other images each epoch. set_epoch says where to (re)start.
+    steps are sorted and cut, and the steps of a window shuffled; the largest step of all comes first,
+    so that memory runs out at once or not at all. What is left at an epoch's end and fills no step
+    is dropped, other images each epoch. set_epoch says where to (re)start.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1,
@@ -1061,13 +1062,14 @@ class TrainSampler:
 
     def _grouped(self, order, rng):
         shapes = np.array([self.dataset.plan(self.epoch, i).size for i in order.tolist()])
-        window = 32 * self.batch_size
+        window, steps = 32 * self.batch_size, []
         for start in range(0, len(order), window):
-            part = slice(start, start + window)
-            batches = order[part][sort_by_shape(shapes[part], self.batch_size)]
-            batches = batches.reshape(-1, self.batch_size)
-            order[part] = batches[rng.permutation(len(batches))].reshape(-1)
-        return order
+            rows = start + sort_by_shape(shapes[start:start + window], self.batch_size)
+            batches = rows.reshape(-1, self.batch_size)
+            steps += list(batches[rng.permutation(len(batches))])
+        largest = np.argmax(shapes[np.array(steps)].max(1).prod(1))
+        steps[0], steps[largest] = steps[largest], steps[0]
+        return order[np.concatenate(steps)]
 
 
 class EvalSampler:

@@ -712,7 +712,6 @@ def find_not_finite(model, compute):
 
     def watch(name, module):
         def hook(module, inputs, output):
-            look(f"the weights of {name}", module.parameters(recurse=False))
             output = output if isinstance(output, (tuple, list)) else [output]
             values = [v for v in output if torch.is_tensor(v) and v.is_floating_point()]
             look(f"the output of {name}", values)
@@ -721,6 +720,8 @@ def find_not_finite(model, compute):
                     v.register_hook(
                         lambda grad: look(f"the gradient at the output of {name}", [grad]))
         return module.register_forward_hook(hook)
+    for name, p in model.named_parameters():
+        look(f"the weights {name}", [p])
     hooks = [watch(name or "the model", module) for name, module in model.named_modules()]
     try:
         compute()
