@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_reduce
 
 from data import PIXEL_MEAN, PIXEL_STD
 
@@ -216,6 +215,20 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is that of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverProcesses.forward(ctx, grad)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics in training are those of all processes' images together.
 
@@ -227,7 +240,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         x32, world = x.float(), dist.get_world_size()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
-        mean, square = all_reduce(moments) / world                  # (C,) each
+        mean, square = SumOverProcesses.apply(moments) / world      # (C,) each
         var, n = (square - mean.square()).clamp(min=0), x.numel() // len(mean) * world
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
