@@ -717,7 +717,8 @@ def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
     for wrong in ("[]", "{", '"/etc/passwd"'):
         path.write_text(wrong)
         code, text = check_data(capsys, tmp_path)
-        assert code == 1 and str(path) in text.splitlines()[-1] and "objects train\nant 1" in text
+        assert code == 1 and "31 fault(s):" in text and "objects train\nant 1" in text
+        assert str(path) in text.splitlines()[-1]
     with pytest.raises(FileNotFoundError, match="none: give a folder"):
         data.main([str(tmp_path / "none")])
 
