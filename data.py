@@ -1106,9 +1106,10 @@ def find_splits(paths):
         found = {split: coco_paths(root, split) for split in ("train", "val")}
     elif len(paths) == 1 and os.path.isdir(os.path.join(root, "train")):
         return {split: lambda split=split: ImageFolder(root, split) for split in ("train", "val")}
-    elif len(paths) in (2, 4):
-        found = dict(zip(("train", "val"), (paths[:2], paths[2:])) if paths[2:] else
-                     (("all", paths),))
+    elif len(paths) == 2:
+        found = {"all": paths}
+    elif len(paths) == 4:
+        found = {"train": paths[:2], "val": paths[2:]}
     else:
         raise FileNotFoundError(
             f"{' '.join(paths)}: give a folder that holds annotations/instances_train2017.json and "
@@ -1215,13 +1216,12 @@ def main(argv=None):
     parser.add_argument("--images", action="store_true", help="open and decode every image, too")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for it")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     datasets, faults = {}, []
     for split, build in find_splits(args.paths).items():
         try:
             dataset = datasets[split] = build()
         except (ValueError, OSError) as error:
-            faults += str(error).splitlines()
+            faults += str(error).split("\n", 1)[-1].splitlines()     # without a list's heading
             continue
         faults += (new := getattr(dataset, "faults", []))
         sizes, remarks = getattr(dataset, "sizes", ()), []
@@ -1242,6 +1242,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     try:
         main()
     except (ValueError, OSError) as error:
