@@ -12,6 +12,7 @@ Papers: COCO, arXiv:1405.0312, and cocodataset.org/#detection-eval; DETR, arXiv:
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -1084,4 +1085,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, IndexError) as error:
-        sys.exit(f"error: {str(error).split('ValueError: ')[-1].strip()}")
+        text = re.split(r"\n\w+Error: ", str(error))[-1].strip()     # without a worker's traceback
+        sys.exit(f"error: {text}")
