@@ -415,8 +415,7 @@ def bench_model(args):
 def training_set(args):
     """The training set of --data, with the official augmentation."""
     if args.data:
-        paths = (os.path.join(args.data, "annotations/instances_train2017.json"),
-                 os.path.join(args.data, "train2017"))
+        paths = data.coco_paths(args.data, "train")
     elif args.train_json and args.train_images:
         paths = args.train_json, args.train_images
     else:
