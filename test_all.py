@@ -3216,6 +3216,16 @@ def test_logs_go_on_where_the_checkpoint_does():
             (r["epoch"], r.get("step")) for r in cut]
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_its_logs_anew(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", None)
+        with pytest.raises(TypeError):
+            train.main(TINY)
+    assert len(lines("out/steps.txt")) == 3 and not os.path.exists("out/ckpt.pt")
+    assert run(*TINY) == 0
+    assert len(lines("out/steps.txt")) == 6
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_an_evaluation_ends_at_once_with_all_saved(monkeypatch, number, code):
     original = train.evaluate

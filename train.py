@@ -883,8 +883,10 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     if state:
         epoch, step, sums, best_ap = (state[k] for k in ("epoch", "step", "sums", "best_ap"))
         say(f"resumed  at epoch {epoch + 1}, step {step}", *state["changed"])
-        for name in ("log.txt", "steps.txt") if rank == 0 else ():
-            cut_log(out + name, epoch, step)
+    # a run that was killed before its first checkpoint has left steps.txt alone
+    if rank == 0 and (state or not os.path.exists(out + "log.txt")):
+        cut_log(out + "log.txt", epoch, step)
+        cut_log(out + "steps.txt", epoch, step)
     if epoch >= cfg.epochs:
         say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
 
