@@ -29,6 +29,7 @@ import time
 import urllib.error
 import zlib
 from dataclasses import asdict
+from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
@@ -3029,13 +3030,41 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys):
         file.truncate(os.path.getsize(path) // 2)
     before = checkpoint("broken/ckpt_prev.pt")
     assert run(*TINY, "--output_dir", "broken") == 0
-    assert "ckpt_prev.pt: going on from that" in capsys.readouterr().out
+    assert "going on from broken/ckpt_prev.pt" in capsys.readouterr().out
     assert_identical(checkpoint(path)["model"], checkpoint("whole/ckpt.pt")["model"])
     assert_identical(checkpoint("broken/ckpt_prev.pt"), before)  # the damaged file is not kept
     os.remove("broken/ckpt_prev.pt")
     with open(path, "r+b") as file:
         file.truncate(10)
     assert "ckpt.pt is not a checkpoint" in run(*TINY, "--output_dir", "broken")
+
+
+def test_only_the_checkpoint_before_is_gone_on_from_too(capsys):
+    assert run(*TINY, "--output_dir", "whole") == 0
+    shutil.copytree("whole", "lost")
+    os.remove("lost/ckpt.pt")
+    assert run(*TINY, "--output_dir", "lost") == 0
+    assert "going on from lost/ckpt_prev.pt" in capsys.readouterr().out
+    assert_same_run(Path("whole"), Path("lost"))
+    for damaged in ("empty", "folder"):
+        os.mkdir(damaged)
+        Path(damaged, "ckpt.pt").touch() if damaged == "empty" else os.mkdir(f"{damaged}/ckpt.pt")
+        assert "there is no" in run(*TINY, "--output_dir", damaged)
+
+
+def test_processes_that_find_other_checkpoints_do_not_start(monkeypatch):
+    assert run(*TINY, "--epochs", 1) == 0
+    monkeypatch.setattr(train, "sum_over_processes", lambda tensor: tensor + 1)  # another is ahead
+    message = run("--resume", "out/ckpt.pt", "--epochs", 2)
+    assert "epoch 2, step 0" in message and "a folder that all machines share" in message
+
+
+def test_another_checkpoint_of_the_folder_is_not_mixed_up_with_the_last(capsys):
+    assert run(*TINY) == 0
+    message = run("--resume", "out/ckpt_prev.pt", "--epochs", 3)
+    assert "would write over the run in out/ckpt.pt" in message and "--output_dir" in message
+    assert run("--resume", "out/ckpt_prev.pt", "--epochs", 3, "--output_dir", "other") == 0
+    assert checkpoint("other/ckpt.pt")["epoch"] == 3
 
 
 def test_a_stop_by_sigterm_has_its_own_exit_code(monkeypatch):
@@ -3153,8 +3182,8 @@ def test_out_of_memory_names_the_batch_and_what_helps(monkeypatch, error):
     monkeypatch.setattr(train, "train_step", train_step)
     message = run(*TINY, "--accumulate", 2)
     assert "out of memory with images of [(4, 3, " in message and "objects" in message
-    for option in ("--accumulate", "--image_size", "--dtype bfloat16"):
-        assert option in message
+    for words in ("--accumulate", "--max_size or --dtype bfloat16", "nothing was saved yet"):
+        assert words in message
     assert "epoch 1, step 1, rank 0, images [" in message
 
 
@@ -3239,6 +3268,51 @@ def test_a_signal_in_an_evaluation_ends_at_once_with_all_saved(monkeypatch, numb
     state = checkpoint("out/ckpt.pt")
     assert (state["epoch"], state["step"]) == (0, 3) and not os.path.exists("out/log.txt")
     assert run(*TINY) == 0 and len(lines("out/log.txt")) == 2
+
+
+def test_out_of_memory_in_an_evaluation_says_what_helps_there(monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args: torch.empty(2 ** 50))
+    assert "--eval_batch_size" in run(*TINY) and checkpoint("out/ckpt.pt")["step"] == 3
+
+
+SLOW = """
+import os, sys, time, data, train
+read = data.ShapesDataset.read
+def slow_read(self, i):
+    if os.environ["KILL"] and i == 17:
+        os.kill(os.getpid(), 9)
+    time.sleep(0.005)
+    return read(self, i)
+data.ShapesDataset.read = slow_read
+train.main(sys.argv[1:])
+"""
+
+
+def with_workers(kill):
+    """A run whose loader worker reads slowly, and is killed at image 17 or not."""
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "KILL": kill,
+           "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SLOW, *TINY, "--train_shapes", "400",
+                             "--num_workers", "1"], env=env, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_signal_to_the_whole_group_as_torchruns_spares_the_workers():
+    job = with_workers("")
+    for line in job.stdout:
+        if "step     2" in line:
+            os.killpg(job.pid, signal.SIGTERM)
+            break
+    rest = job.communicate(timeout=60)[0]
+    assert job.returncode == 143 and "Traceback" not in rest, rest
+    assert checkpoint("out/ckpt.pt")["step"] >= 2
+
+
+def test_a_loader_worker_killed_in_its_work_is_explained():
+    """What arrives then is an error of the connection or of the loader."""
+    job = with_workers("1")
+    assert "--num_workers" in job.communicate(timeout=60)[0].splitlines()[-1]
+    assert job.returncode == 1
 
 
 def test_a_killed_loader_worker_is_explained(monkeypatch):

@@ -326,7 +326,7 @@ def build_loaders(cfg, train, val, rank, world, device):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, max(0, (os.cpu_count() or 1) // local - 1))
     options = dict(collate_fn=collate, num_workers=workers, pin_memory="cuda" in device,
-                   persistent_workers=workers > 0, worker_init_fn=ignore_interrupts)
+                   persistent_workers=workers > 0, worker_init_fn=leave_group)
     sampler = TrainSampler(train, cfg.batch_size, cfg.seed, rank, world, cfg.accumulate,
                            cfg.group_by_shape)
     val_sampler = EvalSampler(val, cfg.eval_batch_size, rank, world)
@@ -334,9 +334,12 @@ def build_loaders(cfg, train, val, rank, world, device):
             DataLoader(val, batch_sampler=val_sampler, **options))
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches loader workers too; the training process alone decides what to do."""
+def leave_group(worker):
+    """Ctrl-C, torchrun and `timeout` signal the whole process group, loader workers too, which die
+    of SIGTERM before anything is saved; the training process alone decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):                     # not on Windows
+        os.setpgrp()
 
 
 def build_optimizer(model, cfg):
@@ -381,9 +384,12 @@ FREE = {"resume", "output_dir", "num_workers", "log_every", "save_minutes", "dev
 
 def check_output_dir(out, model):
     """Raises OSError before training if the folder cannot hold what the run is to write there."""
-    os.makedirs(out, exist_ok=True)
-    with open(out + "ckpt.pt.tmp", "wb"):
-        os.remove(out + "ckpt.pt.tmp")
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(out + "ckpt.pt.tmp", "wb"):
+            os.remove(out + "ckpt.pt.tmp")
+    except OSError as error:
+        raise OSError(f"--output_dir {out} cannot be written ({error}): give another") from None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
     there = [out + name for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
@@ -419,11 +425,7 @@ def save_checkpoint(path, state, keep_previous=True):
 
 def read_run(path):
     """The state of a checkpoint of train.py. Raises ValueError for anything else."""
-    try:
-        state = read_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; the one before it is kept as "
-                         f"{path[:-len('.pt')]}_prev.pt") from None
+    state = read_checkpoint(path)
     if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
         raise ValueError(f"{path} is no checkpoint of train.py to go on from; to start from other "
                          f"weights use --finetune")
@@ -434,22 +436,30 @@ def find_resume(cfg, configs):
     """The state to go on from, or None.
 
     It is that of --output_dir if its options are these, else that of --resume, whose options may
-    differ ("changed" lists them). A "damaged" checkpoint in --output_dir gives way to the one
-    before it. Raises ValueError rather than write over another run.
+    differ ("changed" lists them). A "damaged" or lost checkpoint in --output_dir gives way to the
+    one before it. Raises ValueError rather than write over another run.
     """
     path, previous = (os.path.join(cfg.output_dir, f) for f in ("ckpt.pt", "ckpt_prev.pt"))
-    own, notes = os.path.exists(path), []
+    own, notes = os.path.exists(path) or os.path.exists(previous), []
     if not own and not cfg.resume:
         return None
+    asked = cfg.resume and os.path.realpath(cfg.resume)
+    if own and asked and os.path.realpath(path) != asked and (
+            os.path.dirname(asked) == os.path.realpath(cfg.output_dir)):
+        raise ValueError(f"--resume {cfg.resume} would write over the run in {path}: give "
+                         f"another --output_dir to go on from it there")
     try:
         state = read_run(path if own else cfg.resume)
-    except ValueError as error:
-        if not own or not os.path.exists(previous):
+    except (ValueError, FileNotFoundError) as error:
+        if not own:
             raise
-        state, notes = read_run(previous), [f"{error}: going on from that"]
+        if not os.path.exists(previous):
+            raise ValueError(f"{error}, and there is no {previous}: remove it to start anew, or "
+                             f"give another --output_dir") from None
+        state, notes = read_run(previous), [f"{error}: going on from {previous}"]
     changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
                for k, v in config.items() if k not in FREE and state[name].get(k, v) != v]
-    if changed and own and not (cfg.resume and os.path.samefile(path, cfg.resume)):
+    if changed and own and os.path.realpath(path) != asked:
         raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
                          f"another --output_dir for a new run, or --resume {path} to go on with "
                          f"the new options")
@@ -469,10 +479,10 @@ def cut_log(path, epoch, step):
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+                if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError):
                 continue
-            if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
-                kept.append(line)
     with open(path + ".tmp", "w") as file:
         file.writelines(kept)
     os.replace(path + ".tmp", path)
@@ -513,8 +523,12 @@ def draw_predictions(rows, dataset, threshold=0.7):
 
 def append_json(path, record):
     """One more line of a log file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): make room and give the same command "
+                      f"again") from None
 
 
 def clock(seconds):
@@ -645,18 +659,28 @@ def name_step(run, at, parts):
     return f"epoch {epoch + 1}, step {step + 1}, rank {run.rank}, images {ids}", ids
 
 
+def last_saved(cfg):
+    path = os.path.join(cfg.output_dir, "ckpt.pt")
+    return f"{path} is as it was" if os.path.exists(path) else "nothing was saved yet"
+
+
+def out_of_memory(error):
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def explain(error, run, at, parts):
     """A ValueError that says what can be said of an error in step `at`; others are raised again."""
     text, cfg = str(error), run.configs[2]
     where, _ = name_step(run, at, parts)
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         shapes = [tuple(images.shape) for images, *_ in parts]
         objects = sum(len(t["labels"]) for *_, targets in parts for t in targets)
+        sizes = "--max_size" if isinstance(run.configs[0], ModelConfig) else "--image_size"
         return ValueError(
             f"{where}: out of memory with images of {shapes} and {objects} objects "
-            f"({text.splitlines()[0]}). A larger --accumulate splits the step without changing "
-            f"it; a smaller --image_size and --max_size or --dtype bfloat16 need less; "
-            f"{cfg.output_dir}/ckpt.pt is as it was")
+            f"({text.splitlines()[0]}). A larger --accumulate splits the step into smaller parts; "
+            f"a smaller {sizes}{' or --dtype bfloat16' * (run.dtype == torch.float32)} needs less; "
+            f"{last_saved(cfg)}")
     if isinstance(error, ValueError):
         return explain_not_finite(run, at, text) if "finite" in text else ValueError(
             f"{where}: {text}")
@@ -674,7 +698,7 @@ def explain_not_finite(run, at, text):
     parts = [collate([run.loader.dataset[key] for key in part]) for part in keys]
     counts = sum(loss_counts(targets, getattr(model_cfg, "num_queries", 1))
                  for *_, targets in parts)
-    losses = {}
+    losses, weights = {}, {k: v.clone() for k, v in run.model.state_dict().items()}
 
     def repeat():
         seed_step(cfg, at, run.rank, run.world)
@@ -690,15 +714,15 @@ def explain_not_finite(run, at, text):
     path = os.path.join(cfg.output_dir, f"nan_batch{f'_{run.rank}' if run.rank else ''}.pt")
     try:
         torch.save(dict(epoch=epoch, step=step, rank=run.rank, image_ids=ids, parts=parts,
-                        losses=terms, place=place, model=run.model.state_dict()), path)
+                        losses=terms, place=place, model=weights), path)
         kept = f"batch and weights are in {path}"
     except (OSError, RuntimeError) as error:
         kept = f"{path} cannot be written ({error})"
     return ValueError(
         f"{where}: {text}\n  first not finite: {place or 'nothing, when the step was repeated'}"
-        f"\n  losses of this process: {terms or 'none'}\n  {kept}; {cfg.output_dir}/ckpt.pt is as "
-        f"it was\n  usual causes: --lr {cfg.lr} or --lr_backbone is too high for this model, no "
-        f"--warmup_steps, no --clip_max_norm, or weights taken over that hold NaN")
+        f"\n  losses of this process: {terms or 'none, as nothing could be matched'}\n  {kept}; "
+        f"{last_saved(cfg)}\n  usual causes: --lr {cfg.lr} or --lr_backbone is too high for this "
+        f"model, no --warmup_steps, no --clip_max_norm, or weights taken over that hold NaN")
 
 
 def find_not_finite(model, compute):
@@ -882,11 +906,16 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     epoch, step, sums, best_ap = 0, 0, {}, -1.0
     if state:
         epoch, step, sums, best_ap = (state[k] for k in ("epoch", "step", "sums", "best_ap"))
-        say(f"resumed  at epoch {epoch + 1}, step {step}", *state["changed"])
+        say(f"resumed  at epoch {epoch + 1}, step {step}" if epoch < cfg.epochs else "resumed",
+            *state["changed"], sep="\n         ")
     # a run that was killed before its first checkpoint has left steps.txt alone
     if rank == 0 and (state or not os.path.exists(out + "log.txt")):
         cut_log(out + "log.txt", epoch, step)
         cut_log(out + "steps.txt", epoch, step)
+    at = epoch * steps + step
+    if sum_over_processes(torch.tensor(at)) != world * at:
+        raise ValueError(f"this process found the run at epoch {epoch + 1}, step {step} in {out}, "
+                         f"others elsewhere: --output_dir must be a folder that all machines share")
     if epoch >= cfg.epochs:
         say(f"finished {epoch} epochs before; to train on: --resume {out}ckpt.pt --epochs N")
 
@@ -985,6 +1014,10 @@ def train(model_cfg, loss_cfg, cfg, rank, world, device):
     return 0
 
 
+# why the system ends loader workers
+GONE = "usually for lack of memory or of /dev/shm: try a smaller --num_workers"
+
+
 def main(argv=None):
     parser, given = read_options(argv, TrainConfig, ModelConfig, LossConfig, MetaFormerConfig,
                                  ClassLossConfig)
@@ -995,6 +1028,8 @@ def main(argv=None):
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
         code = train(*configs, *start_processes(configs[2].device))
+    except (ConnectionError, EOFError) as error:   # while a loader worker sent a batch
+        code = f"error{rank}: a DataLoader worker has gone ({error!r}), {GONE}"
     except (ValueError, OSError) as error:
         text = re.split(r"\n\w+Error: ", str(error))[-1].strip()     # without a worker's traceback
         code = f"error{rank}: {text}"
@@ -1003,8 +1038,10 @@ def main(argv=None):
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:              # killed by the system, mostly
-            code = (f"error{rank}: {text.splitlines()[0]} Usually for lack of memory or of "
-                    f"/dev/shm: try a smaller --num_workers")
+            code = f"error{rank}: {text.splitlines()[0]} It was killed {GONE}"
+        elif out_of_memory(error):                   # a training step has said more
+            code = (f"error{rank}: {text.splitlines()[0]}: in an evaluation a smaller "
+                    f"--eval_batch_size needs less; the same command goes on")
         elif dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection|peer", text):
             code = (f"error{rank}: another process has failed or gone, its own message says why "
                     f"({text.splitlines()[0][:200]})")
