@@ -548,9 +548,10 @@ def plot_mixers(rows, path):
         for mixer in dict.fromkeys(r["mixer"] for r in rows):
             points = [(r["tokens"], r[field]) for r in rows if r["mixer"] == mixer]
             axis.plot(*zip(*points), marker=".", label=mixer)
-        axis.set(xlabel="tokens", title=f"encoder, forward and backward: {unit}", ylim=(0, None))
+        axis.set(xlabel="tokens", title=unit, ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend()
+    figure.suptitle("encoder by mixer, forward and backward")
     figure.savefig(path, dpi=120)
 
 
