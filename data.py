@@ -1028,8 +1028,9 @@ class TrainSampler:
     Every step takes batch_size images over all ranks and accumulated parts; the images of a step
     are the same for any number of ranks. With group_by_shape they are alike in shape: windows of 32
     steps are sorted and cut, and the steps of a window shuffled; the largest step of all comes
-    first, so that memory runs out at once or not at all. What is left at an epoch's end and fills
-    no step is dropped, other images each epoch. set_epoch says where to (re)start.
+    first, so that memory runs out early if it does (one rank's part of another step can be larger).
+    What is left at an epoch's end and fills no step is dropped, other images each epoch. set_epoch
+    says where to (re)start.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1,

@@ -191,8 +191,10 @@ class Normalise(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
                              f"(B, 3, IH, IW)")
-        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return x if valid is None else x * valid[:, None]
+        # in place: on a CPU a new map costs more than the arithmetic
+        x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        x.sub_(self.mean).div_(self.std)
+        return x if valid is None else x.mul_(valid[:, None])
 
 
 # -- backbone ------------------------------------------------------------------------------------
@@ -255,8 +257,9 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d}
 
 
 def conv_norm(x, conv, norm):
-    """norm(conv(x)). A frozen norm becomes part of the convolution's weight and its bias: no pass
-    over the map, forward or backward, is left for it."""
+    """norm(conv(x)) of a convolution without bias or groups. A frozen norm becomes part of its
+    weight, and its bias: no pass over the map, forward or backward, is left for it, and no forward
+    hook of the two runs."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
@@ -971,7 +974,7 @@ class Layer(nn.Module):
         return norm(x + self.dropout(block(x)))
 
     def feed_forward(self, x):
-        return self.linear2(self.dropout(F.relu_(self.linear1(x))))
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
 class EncoderLayer(Layer):
@@ -1060,7 +1063,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = F.relu_(layer(x))
+            x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
