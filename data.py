@@ -655,10 +655,10 @@ class CocoDataset(DetectionDataset):
                                     f"images that {json_path} lists")
         data, faults = without_faults(data, json_path, image_dir)
         if faults and not (data and sound_part):
-            show = len(faults) if sound_part else 20
-            more = f"\n... and {len(faults) - show} more" if len(faults) > show else ""
+            shown = len(faults) if sound_part else 20
+            more = f"\n... and {len(faults) - shown} more" if len(faults) > shown else ""
             raise ValueError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
-                             + "\n".join(faults[:show]) + more)
+                             + "\n".join(faults[:shown]) + more)
         self.faults, self.json_path, self.image_dir = faults, str(json_path), str(image_dir)
         index = self._read_categories(data["categories"], classes)
         images = sorted(data["images"], key=lambda r: r["id"])

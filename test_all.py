@@ -310,6 +310,17 @@ def test_each_kind_of_fault_in_a_coco_file_is_found_and_named(tmp_path, key, k, 
     assert re.search(fault, "\n".join(check_coco(content, "f.json", folder)))
 
 
+@pytest.mark.parametrize("wrong", [2**63, -2**63 - 1, True, 1.0, None, "a\0", "\ud800", ""])
+def test_ids_are_integers_of_64_bits_or_lines_of_text(wrong):
+    data = {"images": [dict(id=wrong, file_name="a", width=1, height=1)], "annotations": [],
+            "categories": [dict(id=1, name="a")]}
+    fault, = check_coco(data)
+    assert "images[0]: id" in fault and "64 bits" in fault
+    for sound in (2**63 - 1, -2**63, "a"):
+        data["images"][0]["id"] = sound
+        assert check_coco(data) == []
+
+
 def test_missing_annotation_ids_are_no_fault_and_what_is_no_coco_file_is_one(tmp_path):
     nameless = {"image_id": 2, "category_id": 13, "bbox": [1.5, 2, 3, 4]}
     assert len(CocoDataset(*write_coco(tmp_path, annotations=[nameless, nameless])).boxes) == 2
@@ -2962,8 +2973,9 @@ def test_a_checkpoint_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
         replace(source, target)
         seen.append(os.path.exists(path))
     monkeypatch.setattr(os, "replace", spy)
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append("content"))
     train.save_checkpoint(path, dict(epoch=2))
-    assert seen and all(seen)                                     # killed anywhere, it goes on
+    assert seen == ["content", True, True]                        # killed anywhere, it goes on
 
 
 def test_other_options_in_the_same_folder_are_an_error_with_both_ways_out(tmp_path):
@@ -3037,6 +3049,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys):
     with open(path, "r+b") as file:
         file.truncate(10)
     assert "ckpt.pt is not a checkpoint" in run(*TINY, "--output_dir", "broken")
+
+
+def test_the_best_checkpoint_is_written_before_the_last_one_counts_it(monkeypatch):
+    assert run(*TINY, "--output_dir", "whole") == 0
+    original, names = train.save_checkpoint, []
+
+    def killed(path, state, keep_previous):
+        names.append(os.path.basename(path))
+        if len(names) == 3:
+            raise OSError("killed")
+        original(path, state, keep_previous)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", killed)
+        assert "killed" in run(*TINY, "--output_dir", "cut")
+    assert names == ["ckpt.pt", "best.pt", "ckpt.pt"]
+    assert run(*TINY, "--output_dir", "cut") == 0
+    assert_same_run(Path("whole"), Path("cut"))
 
 
 def test_only_the_checkpoint_before_is_gone_on_from_too(capsys):
@@ -3329,6 +3358,19 @@ def test_a_checkpoint_from_before_an_option_existed_goes_on():
     del state["train_config"]["save_minutes"], state["model_config"]["backbone_stage"]
     torch.save(state, "out/ckpt.pt")
     assert run(*TINY, "--epochs", 1) == 0
+
+
+@pytest.mark.parametrize("machines, key", [(1, "2/address"), (2, "address")])
+def test_processes_after_a_restart_do_not_read_what_those_before_left(monkeypatch, machines, key):
+    store, used = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **given: used.append(given))
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2 // machines,
+                            TORCHELASTIC_RESTART_COUNT=2).items():
+        monkeypatch.setenv(name, str(value))
+    train.start_processes("cpu")
+    used[0]["store"].set("address", "new")
+    assert store.get(key) == b"new" and (used[0]["rank"], used[0]["world_size"]) == (0, 2)
 
 
 def test_a_process_beyond_the_gpus_is_told(monkeypatch):
@@ -4143,6 +4185,13 @@ def test_a_trained_classifier_becomes_the_backbone_of_a_detr(tmp_path, capsys):
     body = {k[len("backbone.0.body."):]: v for k, v in detr.items() if k.startswith("backbone.0")}
     same = [k for k in body if k in classifier and torch.equal(body[k], classifier[k])]
     assert {k.split(".")[0] for k in body.keys() - set(same)} <= {"norm6"} and len(same) > 40
+
+
+def test_the_images_given_are_left_as_they_are():
+    images = torch.full((1, 3, 32, 32), 7.0).contiguous(memory_format=torch.channels_last)
+    mixer_model("pool")(images, torch.zeros(1, 32, 32, dtype=torch.bool).index_fill(
+        1, torch.arange(20), True))
+    assert (images == 7).all()
 
 
 def test_multiply_adds_count_the_attention():

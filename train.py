@@ -660,11 +660,13 @@ def name_step(run, at, parts):
 
 
 def last_saved(cfg):
+    """What a message can promise of the last checkpoint."""
     path = os.path.join(cfg.output_dir, "ckpt.pt")
     return f"{path} is as it was" if os.path.exists(path) else "nothing was saved yet"
 
 
 def out_of_memory(error):
+    """Whether it is that, of a GPU or of the system."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -855,11 +857,10 @@ def catch_signals():
 
     def handler(number, frame):
         first, flag["stop"], flag["code"] = not flag["stop"], 1.0, 128 + number
+        if first and os.environ.get("RANK", "0") == "0":
+            print("\nstopping; the same command goes on (Ctrl-C again: at once)", flush=True)
         if flag["safe"] or not first and number == signal.SIGINT:
             sys.exit(flag["code"])
-        if first and os.environ.get("RANK", "0") == "0":
-            print("\nstopping after this step; the same command goes on (Ctrl-C again: at once)",
-                  flush=True)
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
     return flag
