@@ -3370,7 +3370,8 @@ def test_processes_after_a_restart_do_not_read_what_those_before_left(monkeypatc
         monkeypatch.setenv(name, str(value))
     train.start_processes("cpu")
     used[0]["store"].set("address", "new")
-    assert store.get(key) == b"new" and (used[0]["rank"], used[0]["world_size"]) == (0, 2)
+    assert store.check([key]) and store.get(key) == b"new"        # get would wait for it
+    assert (used[0]["rank"], used[0]["world_size"]) == (0, 2)
 
 
 def test_a_process_beyond_the_gpus_is_told(monkeypatch):
