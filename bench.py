@@ -53,19 +53,12 @@ import train
 LEVERS = {
     "channels_last": ("forward", "step"), "sdpa": ("forward", "step"),
     "mask_none": ("forward", "step"), "folded_norm": ("forward", "step"),
-    "fused_adamw": ("step",), "async_log": ("step",), "one_transfer": ("step", "loss"),
+    "fused_adamw": ("step",), "reused_grads": ("step",), "fast_dropout": ("step",),
+    "async_log": ("step",), "one_transfer": ("step", "loss"),
     "broadcast_l1": ("step", "loss"), "per_image_cost": ("step", "loss"), "uint8": ("loader",)}
 
 
 # -- levers off ----------------------------------------------------------------------------------
-
-def explicit_attention(q, k, v, attended=None, dropout=0.0):
-    """What scaled_dot_product_attention computes, with the whole matrix of weights."""
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    if attended is not None:
-        scores = scores.masked_fill(~attended, -math.inf)
-    return F.dropout(scores.softmax(3), dropout) @ v
-
 
 @torch.no_grad()
 def cdist_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou):
@@ -101,6 +94,11 @@ def norm_of_conv(x, conv, norm):
     return norm(conv(x))
 
 
+def free_gradients(optimizer, step=torch.optim.AdamW.step):
+    step(optimizer)
+    optimizer.zero_grad()
+
+
 def read_losses(*args, step=train.train_step):
     return {name: value.item() for name, value in step(*args).items()}
 
@@ -130,10 +128,12 @@ def without_levers(off):
         cost = functools.partial(all_pairs_cost, cost=cost)
     replacements = {
         "channels_last": (torch, "channels_last", torch.contiguous_format),
-        "sdpa": (F, "scaled_dot_product_attention", explicit_attention),
+        "sdpa": (F, "scaled_dot_product_attention", model_py.explicit_attention),
         "mask_none": (train, "to_device", always_masked),
         "folded_norm": (model_py, "conv_norm", norm_of_conv),
         "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
+        "reused_grads": (torch.optim.AdamW, "step", free_gradients),
+        "fast_dropout": (model_py, "dropout", F.dropout),
         "async_log": (train, "train_step", read_losses),
         "one_transfer": (losses, "match", match_by_layer),
         "broadcast_l1": (matcher, "matching_cost", cost),

@@ -448,9 +448,31 @@ class AttentionMixer(nn.Module):
         q, k, v = (F.linear(x, w, b).view(B, -1, self.nh, hs).transpose(1, 2)  # (B, nh, M or N, hs)
                    for x, w, b in zip((q, k, v), weights, biases))
         attended = None if valid is None else valid[:, None, None, :]          # True = attended to
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attended, dropout)
+        p = self.dropout if self.training else 0.0
+        slow = p and q.device.type == "cpu"           # torch fuses dropout on GPUs alone
+        attention = explicit_attention if slow else F.scaled_dot_product_attention
+        y = attention(q, k, v, attended, p)                                    # (B, nh, M, hs)
         return self.out_proj(y.transpose(1, 2).reshape(B, M, C))               # (B, M, C)
+
+
+def explicit_attention(q, k, v, attended, p):
+    """What F.scaled_dot_product_attention computes, with the whole matrix of weights."""
+    scores = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)                     # (B, nh, M, N)
+    if attended is not None:
+        scores = scores.masked_fill(~attended, -math.inf)
+    return dropout(scores.softmax(3), p) @ v
+
+
+def dropout(x, p):
+    """F.dropout. On a CPU, where random numbers are drawn one after the other, four values share one
+    of 64 bits, and p is rounded to 1 / 65536: as the exact one, in a third of the time."""
+    if not p or x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = min(round(p * 2**16), 2**16 - 1)                 # of 65536 equally likely values
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
+    bits = bits[:x.numel()].view(x.shape)
+    keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))                  # 0 and 1
+    return x * keep.div_(1 - dropped / 2**16)
 
 
 class PoolMixer(nn.Module):
@@ -966,15 +988,18 @@ class Layer(nn.Module):
         self.linear2 = nn.Linear(cfg.dim_feedforward, cfg.hidden_dim)
         for k in range(norms):
             setattr(self, f"norm{k + 1}", nn.LayerNorm(cfg.hidden_dim))
-        self.dropout, self.pre_norm = nn.Dropout(cfg.dropout), cfg.pre_norm
+        self.dropout, self.pre_norm = cfg.dropout, cfg.pre_norm
+
+    def drop(self, x):
+        return dropout(x, self.dropout) if self.training else x
 
     def residual(self, x, norm, block):
         if self.pre_norm:
-            return x + self.dropout(block(norm(x)))
-        return norm(x + self.dropout(block(x)))
+            return x + self.drop(block(norm(x)))
+        return norm(x + self.drop(block(x)))
 
     def feed_forward(self, x):
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.linear2(self.drop(F.relu(self.linear1(x))))
 
 
 class EncoderLayer(Layer):

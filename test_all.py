@@ -1193,6 +1193,66 @@ def test_attention_is_torchs_with_positions_on_queries_and_keys_alone():
     assert_close(ours(x, None, None, (3, 4)), official(x, x, x)[0])
 
 
+def test_attention_with_dropout_is_torchs_in_the_mean():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
+    valid = ragged(2, 6)[:, None, None, :]
+    for attended in (None, valid):
+        expected = F.scaled_dot_product_attention(q, k, v, attended)
+        assert_close(model_py.explicit_attention(q, k, v, attended, 0.0), expected)
+    many = [t[1:].expand(5000, -1, -1, -1) for t in (q, k, v)]
+    mean = model_py.explicit_attention(*many, valid[1:], 0.4).mean(0)
+    assert_close(mean, expected[1], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_each_value_alone_with_its_probability(p, dtype):
+    torch.manual_seed(3)
+    n = 400_002                                                      # no multiple of four
+    x = torch.full((2, n // 2), 2.0, dtype=dtype, requires_grad=True)
+    y = model_py.dropout(x, p)
+    kept = torch.tensor(2 / (1 - p)).to(dtype)
+    assert y.dtype == dtype and y.shape == x.shape
+    assert_close(y[y != 0], kept.expand(int((y != 0).sum())), atol=0, rtol=1e-2)
+    y.sum().backward()
+    assert_close(x.grad, y.detach() / 2)
+    dropped = (y == 0).flatten()
+    for lag in (0, 1, 2, 3, 4, 5, n // 2):           # a value and the one that many after it, both
+        share = (dropped & dropped.roll(lag)).double().mean().item()
+        expected = p if lag == 0 else p * p
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+    for lane in range(4):
+        assert abs(dropped[lane::4].double().mean().item() - p) < 5 * math.sqrt(4 * p * (1 - p) / n)
+
+
+def test_dropout_follows_the_seed_and_ends_at_its_bounds():
+    x = torch.ones(1001)
+    torch.manual_seed(7)
+    first, second = model_py.dropout(x, 0.5), model_py.dropout(x, 0.5)
+    torch.manual_seed(7)
+    assert torch.equal(model_py.dropout(x, 0.5), first) and not torch.equal(first, second)
+    assert torch.equal(model_py.dropout(x, 0.0), x)
+    assert model_py.dropout(x, 0.9999999).count_nonzero() < 5
+    assert model_py.dropout(torch.ones(0, 3), 0.5).shape == (0, 3)
+
+
+def test_dropout_is_where_the_official_layers_have_it(monkeypatch):
+    """On attention weights, after each block, and between the feed-forward's linear layers."""
+    seen = []
+    monkeypatch.setattr(model_py, "dropout", lambda x, p: seen.append((tuple(x.shape), p)) or x)
+    model = build_model("detr_tiny", **{**SMALL, "dropout": 0.2, "dec_layers": 1}, num_queries=5)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    model.eval()(images)
+    assert not seen
+    model.train()(images)
+    N, Q, C, FF, nh = (64 // 8) ** 2, 5, 32, 32, 4
+    block, inner = [(2, N, C)], [(2, N, FF)]
+    encoder = [(2, nh, N, N)] + block + inner + block
+    decoder = [(2, nh, Q, Q), (2, Q, C), (2, nh, Q, N), (2, Q, C), (2, Q, FF), (2, Q, C)]
+    assert seen == [(shape, 0.2) for shape in encoder + decoder]
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_encoder_and_decoder_are_torchs(pre_norm):
     torch.manual_seed(0)
@@ -2666,9 +2726,6 @@ class Recorder:
     def step(self):
         named = self.model.named_parameters()
         self.grads = {k: p.grad.clone() for k, p in named if p.requires_grad}
-
-    def zero_grad(self):
-        self.model.zero_grad()
 
 
 def four_images(empty):
@@ -4247,15 +4304,18 @@ def test_a_frozen_norm_is_the_same_folded_into_its_convolution():
 
 @pytest.mark.parametrize("off", [["broadcast_l1"], ["per_image_cost"],
                                  ["broadcast_l1", "per_image_cost", "one_transfer"], ["sdpa"],
-                                 ["folded_norm", "channels_last", "mask_none"]])
+                                 ["folded_norm", "channels_last", "mask_none"],
+                                 ["fused_adamw", "reused_grads"]])
 def test_levers_change_the_speed_alone(off):
-    args = bench.options().parse_args(
-        ["loss" if "l1" in off[0] or "cost" in off[0] else "forward", "--height", "64",
-         "--width", "64", "--model", "detr_tiny", "--device", "cpu"])
+    modes = bench.LEVERS[off[0]]
+    what = "forward" if "forward" in modes else modes[-1]
+    args = bench.options().parse_args([what, "--height", "64", "--width", "64", "--model",
+                                       "detr_tiny", "--device", "cpu"])
     results = []
     for levers in ([], off):
         with bench.without_levers(levers):
-            results.append(bench.make_run(args)())
+            run = bench.make_run(args)
+            results.append([run(), run()])
     assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -4266,7 +4326,7 @@ def bench_line(capsys, monkeypatch, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("what, levers", [("forward", 4), ("step", 9), ("loss", 3)])
+@pytest.mark.parametrize("what, levers", [("forward", 4), ("step", 11), ("loss", 3)])
 def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, what, levers):
     r = bench_line(capsys, monkeypatch, what, "--each", "--model", "detr_tiny", "--height", 64,
                    "--width", 64, "--repeats", 1, "--device", "cpu", "--peak_tflops", 0.1)

@@ -617,7 +617,6 @@ def train_step(model, optimizer, parts, counts, configs, at, device, dtype):
     lost = lost.maximum((~(totals["loss"] + norm).isfinite()).float())
     optimizer.found_inf = lost                     # the fused optimizer does nothing where it is 1
     optimizer.step()
-    optimizer.zero_grad()
     return {**totals, "lost": lost}
 
 
@@ -632,6 +631,8 @@ def add_gradients(model, parts, counts, configs, at, device, dtype):
         part = *to_device(images, valid, device), targets
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
             losses = part_losses(model, part, counts, configs, at, autocast)
+            if k == 0:
+                model.zero_grad()                  # only now: backward takes up this memory at once
             losses["loss"].backward()
         for name, value in losses.items():
             share = 1 if name.startswith("loss") else 1 / len(parts)      # the errors are means
