@@ -257,16 +257,23 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d}
 
 
 def conv_norm(x, conv, norm):
-    """norm(conv(x)) of a convolution without bias or groups. A frozen norm becomes part of its
-    weight, and its bias: no pass over the map, forward or backward, is left for it, and no forward
-    hook of the two runs."""
+    """norm(conv(x)) of a convolution without bias or groups.
+
+    A frozen norm becomes part of weight and bias, so that no pass over the map is left for it,
+    forward or backward, unless a kernel has more weights than the map has pixels. No forward hook
+    of the convolution runs, nor of a norm that became part of it.
+    """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale[:, None, None, None]
+    weight, bias = conv.weight, None
+    folded = weight[0].numel() <= x[:, 0].numel() // conv.stride[0]**2
+    if folded:
+        scale, bias = norm.scale_and_shift()
+        weight = weight * scale[:, None, None, None]
     # dilation is nothing to a 1 x 1 kernel, but with it torch takes oneDNN on one thread, too
     dilation = 2 if conv.kernel_size == (1, 1) and x.device.type == "cpu" else conv.dilation
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, dilation)
+    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, dilation)
+    return y if folded else norm(y)
 
 
 class BasicBlock(nn.Module):
@@ -464,8 +471,8 @@ def explicit_attention(q, k, v, attended, p):
 
 
 def dropout(x, p):
-    """F.dropout. On a CPU, where random numbers are drawn one after the other, four values share one
-    of 64 bits, and p is rounded to 1 / 65536: as the exact one, in a third of the time."""
+    """F.dropout. On a CPU, where random numbers are drawn one after the other, four values share
+    one of 64 bits, and p is rounded to 1 / 65536."""
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = min(round(p * 2**16), 2**16 - 1)                 # of 65536 equally likely values

@@ -4288,17 +4288,21 @@ def test_targets_travel_by_value():
     assert torch.equal(back["boxes"], target["boxes"]) and back["labels"].dtype == torch.int64
 
 
-def test_a_frozen_norm_is_the_same_folded_into_its_convolution():
+@pytest.mark.parametrize("size, folded", [(9, False), (11, True)])   # 50, 72 pixels, 54 weights
+def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, folded):
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 8, 3, 2, 1, bias=False)
-    norm, x = model_py.FrozenBatchNorm2d(8), torch.randn(2, 6, 9, 9, requires_grad=True)
+    norm, x = model_py.FrozenBatchNorm2d(8), torch.randn(2, 6, size, size, requires_grad=True)
     for value in norm.buffers():
         value.uniform_(0.5, 2)
     expected = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
     inputs = x, conv.weight
     grads = torch.autograd.grad(expected.square().sum(), inputs)
+    passes = []
+    norm.register_forward_hook(lambda *_: passes.append(1))
     y = model_py.conv_norm(x, conv, norm)
     assert_close(y, expected)
+    assert len(passes) == (not folded)
     assert_close(torch.autograd.grad(y.square().sum(), inputs), grads, rtol=1e-4, atol=1e-4)
 
 
