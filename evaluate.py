@@ -750,8 +750,10 @@ def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
 
 
 def class_names(records, categories):
-    """The names of categories by their records, with the id where two share a name."""
-    names = {r["id"]: str(r.get("name") or r["id"]) for r in records}
+    """The names of categories by their records, with the id where two share a name, and "?" for
+    what cannot be printed, half of a surrogate pair."""
+    names = {r["id"]: str(r.get("name") or r["id"]).encode(errors="replace").decode()
+             for r in records}
     uses = Counter(names.values())
     return [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in categories]
 

@@ -2461,6 +2461,12 @@ def test_ids_of_any_size_and_classes_of_one_name():
     assert result["ap_per_class"] == pytest.approx({"a (5)": NAN, f"a ({10**30})": 1}, nan_ok=True)
 
 
+def test_a_class_name_that_cannot_be_printed_is_shown_with_question_marks():
+    gt = instances(ann())
+    gt["categories"][0]["name"] = "caf\u00e9 \ud800"                  # half of a surrogate pair
+    assert coco_eval(gt, [det(0.9)])["classes"][0] == "caf\u00e9 ?"
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(image_id=[1]), ["detection 1", "image_id", "[1]"]),
     (dict(image_id=None), ["detection 1", "image_id", "None"])])
