@@ -2464,7 +2464,7 @@ def test_ids_of_any_size_and_classes_of_one_name():
 def test_a_class_name_that_cannot_be_printed_is_shown_with_question_marks():
     gt = instances(ann())
     gt["categories"][0]["name"] = "caf\u00e9 \ud800"                  # half of a surrogate pair
-    assert coco_eval(gt, [det(0.9)])["classes"][0] == "caf\u00e9 ?"
+    assert "caf\u00e9 ?" in coco_eval(gt, [det(0.9)])["classes"]
 
 
 @pytest.mark.parametrize("change, words", [
