@@ -260,18 +260,19 @@ def conv_norm(x, conv, norm):
     """norm(conv(x)) of a convolution without bias or groups.
 
     A frozen norm becomes part of weight and bias, so that no pass over the map is left for it,
-    forward or backward, unless a kernel has more weights than the map has pixels. No forward hook
-    of the convolution runs, nor of a norm that became part of it.
+    forward or backward. Not so in training on a CPU where a kernel has more weights than the map
+    has pixels, which is slower. No forward hook of the convolution runs, nor of such a norm.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    weight, bias = conv.weight, None
-    folded = weight[0].numel() <= x[:, 0].numel() // conv.stride[0]**2
+    weight, bias, cpu = conv.weight, None, x.device.type == "cpu"
+    pixels = x[:, 0].numel() // conv.stride[0]**2
+    folded = not (cpu and conv.training and weight[0].numel() > pixels)
     if folded:
         scale, bias = norm.scale_and_shift()
         weight = weight * scale[:, None, None, None]
     # dilation is nothing to a 1 x 1 kernel, but with it torch takes oneDNN on one thread, too
-    dilation = 2 if conv.kernel_size == (1, 1) and x.device.type == "cpu" else conv.dilation
+    dilation = 2 if cpu and conv.kernel_size == (1, 1) else conv.dilation
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, dilation)
     return y if folded else norm(y)
 
@@ -463,7 +464,8 @@ class AttentionMixer(nn.Module):
 
 
 def explicit_attention(q, k, v, attended, p):
-    """What F.scaled_dot_product_attention computes, with the whole matrix of weights."""
+    """What F.scaled_dot_product_attention computes, with the whole matrix of weights. Every query
+    must have a key that it may attend to."""
     scores = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)                     # (B, nh, M, N)
     if attended is not None:
         scores = scores.masked_fill(~attended, -math.inf)
@@ -476,9 +478,9 @@ def dropout(x, p):
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = min(round(p * 2**16), 2**16 - 1)                 # of 65536 equally likely values
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
-    bits = bits[:x.numel()].view(x.shape)
-    keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))                  # 0 and 1
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,), device="cpu")
+    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    keep = torch.ge(bits, dropped - 2**15, out=x.new_empty(x.shape))                 # 0 and 1
     return x * keep.div_(1 - dropped / 2**16)
 
 

@@ -1196,13 +1196,27 @@ def test_attention_is_torchs_with_positions_on_queries_and_keys_alone():
 def test_attention_with_dropout_is_torchs_in_the_mean():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
-    valid = ragged(2, 6)[:, None, None, :]
-    for attended in (None, valid):
-        expected = F.scaled_dot_product_attention(q, k, v, attended)
-        assert_close(model_py.explicit_attention(q, k, v, attended, 0.0), expected)
-    many = [t[1:].expand(5000, -1, -1, -1) for t in (q, k, v)]
-    mean = model_py.explicit_attention(*many, valid[1:], 0.4).mean(0)
-    assert_close(mean, expected[1], atol=0.06, rtol=0)
+    attended = ragged(2, 6)[:, None, None, :]
+    for mask in (None, attended):
+        assert_close(model_py.explicit_attention(q, k, v, mask, 0.0),
+                     F.scaled_dot_product_attention(q, k, v, mask))
+    many = [t[1:].expand(20_000, -1, -1, -1) for t in (q, k, v)]
+    mean = model_py.explicit_attention(*many, attended[1:], 0.4).mean(0)
+    expected = F.scaled_dot_product_attention(q[1], k[1], v[1], attended[1])
+    assert_close(mean, expected, atol=0.05, rtol=0)
+
+
+def test_attention_in_training_has_the_mask_and_the_gradients_of_evaluation(monkeypatch):
+    monkeypatch.setattr(model_py, "dropout", lambda x, p: x)
+    torch.manual_seed(0)
+    mixer = AttentionMixer(small(dropout=0.2))
+    x, pos, valid = torch.randn(2, 12, 16, requires_grad=True), torch.randn(12, 16), ragged(2, 12)
+    inputs, results = [x, *mixer.parameters()], []
+    for training in (True, False):
+        y = mixer.train(training)(x, pos, valid, (3, 4))
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    assert all(g.abs().max() > 0.01 for g in results[1])
+    assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1214,7 +1228,8 @@ def test_dropout_drops_each_value_alone_with_its_probability(p, dtype):
     y = model_py.dropout(x, p)
     kept = torch.tensor(2 / (1 - p)).to(dtype)
     assert y.dtype == dtype and y.shape == x.shape
-    assert_close(y[y != 0], kept.expand(int((y != 0).sum())), atol=0, rtol=1e-2)
+    assert_close(y[y != 0], kept.expand(int((y != 0).sum())), atol=0,
+                 rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
     y.sum().backward()
     assert_close(x.grad, y.detach() / 2)
     dropped = (y == 0).flatten()
@@ -1235,6 +1250,9 @@ def test_dropout_follows_the_seed_and_ends_at_its_bounds():
     assert torch.equal(model_py.dropout(x, 0.0), x)
     assert model_py.dropout(x, 0.9999999).count_nonzero() < 5
     assert model_py.dropout(torch.ones(0, 3), 0.5).shape == (0, 3)
+    assert model_py.dropout(torch.ones(2, device="meta"), 0.5).is_meta
+    columns = torch.ones(40, 30).t()                                 # not contiguous
+    assert set(model_py.dropout(columns, 0.5).flatten().tolist()) == {0.0, 2.0}
 
 
 def test_dropout_is_where_the_official_layers_have_it(monkeypatch):
@@ -4294,10 +4312,12 @@ def test_targets_travel_by_value():
     assert torch.equal(back["boxes"], target["boxes"]) and back["labels"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("size, folded", [(9, False), (11, True)])   # 50, 72 pixels, 54 weights
-def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, folded):
+@pytest.mark.parametrize("size, training, folded", [(9, True, False), (11, True, True),
+                                                    (9, False, True)])
+def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, training, folded):
+    """A kernel has 54 weights, the map some 40 and 60 pixels."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 8, 3, 2, 1, bias=False)
+    conv = nn.Conv2d(6, 8, 3, 2, 1, bias=False).train(training)
     norm, x = model_py.FrozenBatchNorm2d(8), torch.randn(2, 6, size, size, requires_grad=True)
     for value in norm.buffers():
         value.uniform_(0.5, 2)
@@ -4327,6 +4347,18 @@ def test_levers_change_the_speed_alone(off):
             run = bench.make_run(args)
             results.append([run(), run()])
     assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_levers_of_dropout_and_gradients_are_off(monkeypatch):
+    args = bench.options().parse_args(["step", "--height", "64", "--width", "64", "--model",
+                                       "detr_tiny", "--device", "cpu"])
+    model = bench.make_model(args)
+    monkeypatch.setattr(bench, "make_model", lambda args: model)
+    for off, freed in (([], False), (["fast_dropout", "reused_grads"], True)):
+        with bench.without_levers(off):
+            bench.make_run(args)()
+            assert (model_py.dropout is F.dropout) == freed
+        assert all(p.grad is None for p in model.parameters()) == freed
 
 
 def bench_line(capsys, monkeypatch, *options):
