@@ -33,6 +33,8 @@ from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # more wait for each other where cores are shared
+
 import numpy as np
 import pytest
 import torch
