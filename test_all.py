@@ -4363,6 +4363,21 @@ def test_levers_of_dropout_and_gradients_are_off(monkeypatch):
         assert all(p.grad is None for p in model.parameters()) == freed
 
 
+@pytest.mark.parametrize("name", ["detr_tiny", "detr_r18"])             # batch norm, frozen norm
+def test_gradients_lie_in_memory_like_their_weights(monkeypatch, name):
+    """torch's fused AdamW pairs them by place on a CPU, whatever their strides say."""
+    args = bench.options().parse_args(["step", "--height", "64", "--width", "64", "--model", name,
+                                       "--device", "cpu"])
+    model = bench.make_model(args)
+    monkeypatch.setattr(bench, "make_model", lambda args: model)
+    bench.make_run(args)()
+    kernels = [p for p in model.parameters() if p.dim() == 4 and p.grad is not None]
+    assert len(kernels) > 5
+    for p in kernels:
+        assert p.is_contiguous(memory_format=torch.channels_last)
+        assert p.grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def bench_line(capsys, monkeypatch, *options):
     """The JSON line of bench.py."""
     monkeypatch.setattr(sys, "argv", [bench.__file__, *map(str, options)])
