@@ -95,6 +95,7 @@ def norm_of_conv(x, conv, norm):
 
 
 def free_gradients(optimizer, step=torch.optim.AdamW.step):
+    """A step after which no gradient is kept, so that the next forward pass runs without them."""
     step(optimizer)
     optimizer.zero_grad()
 

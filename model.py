@@ -260,8 +260,9 @@ def conv_norm(x, conv, norm):
     """norm(conv(x)) of a convolution without bias or groups.
 
     A frozen norm becomes part of weight and bias, so that no pass over the map is left for it,
-    forward or backward. Not so in training on a CPU where a kernel has more weights than the map
-    has pixels, which is slower. No forward hook of the convolution runs, nor of such a norm.
+    forward or backward. In training on a CPU it stays a pass where the map has fewer pixels than a
+    kernel has weights, as it costs less there. No forward hook of the convolution or of a norm that
+    became part of it runs.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
