@@ -447,7 +447,7 @@ def padding_share(dataset, batches):
     """Share of the pixels of these batches of keys that is padding."""
     image = padded = 0
     for keys in batches:
-        sizes = np.array([dataset.plan(*key).size for key in keys])
+        sizes = np.array([dataset.size_of(*key) for key in keys])
         image += sizes.prod(1).sum()
         padded += len(keys) * sizes.max(0).prod()
     return round(float(1 - image / padded), 4)

@@ -434,6 +434,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {epoch} {i}")
         return plan_training(h, w, self.image_size, self.max_size, rng)
 
+    def size_of(self, epoch, i):
+        """(height, width) of image i in an epoch, as the network gets it; no file is opened."""
+        return self.plan(epoch, i).size
+
     def objects(self, i):
         """Boxes (T, 4) float32 xyxy in pixels and labels (T,) to train on: without crowd, clipped
         to the image, without boxes that have no area then, as in the official code."""
@@ -826,9 +830,9 @@ class ClassificationDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def plan(self, epoch, i):
-        """What the samplers ask for: the size, the same for all images."""
-        return Plan(False, None, None, (self.image_size, self.image_size))
+    def size_of(self, epoch, i):
+        """(height, width) of image i, the same for all."""
+        return self.image_size, self.image_size
 
     def __getitem__(self, key):
         """Image uint8 (3, S, S) and target; key is an index or (epoch, index)."""
@@ -998,6 +1002,13 @@ def collate(samples):
     return images, valid, [Target(target) for _, target in samples]
 
 
+def to_device(images, valid, device):
+    """A batch on the device; valid None where there is no padding, so that nothing is masked."""
+    padded = not valid.all()                                         # still on the CPU: no waiting
+    images = images.to(device, non_blocking=True)
+    return images, valid.to(device, non_blocking=True) if padded else None
+
+
 def sort_by_shape(shapes, batch_size):
     """Order of `shapes` (N, 2) whose batches of neighbours need little padding.
 
@@ -1062,7 +1073,7 @@ class TrainSampler:
                 yield [(self.epoch, i) for i in part.tolist()]
 
     def _grouped(self, order, rng):
-        shapes = np.array([self.dataset.plan(self.epoch, i).size for i in order.tolist()])
+        shapes = np.array([self.dataset.size_of(self.epoch, i) for i in order.tolist()])
         window, steps = 32 * self.batch_size, []
         for start in range(0, len(order), window):
             rows = start + sort_by_shape(shapes[start:start + window], self.batch_size)
@@ -1080,7 +1091,7 @@ class EvalSampler:
     """
 
     def __init__(self, dataset, batch_size, rank=0, world=1):
-        shapes = [dataset.plan(0, i).size for i in range(len(dataset))]
+        shapes = [dataset.size_of(0, i) for i in range(len(dataset))]
         order = sort_by_shape(shapes, batch_size).tolist()
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = batches[rank::world]
@@ -1164,7 +1175,7 @@ def describe(dataset, sizes):
         low, middle, high = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int)
         lines[0] += (f", {low[1]} to {high[1]} pixels wide (median {middle[1]}), {low[0]} to "
                      f"{high[0]} high (median {middle[0]})")
-    if not isinstance(dataset, CocoDataset):
+    if not hasattr(dataset, "boxes"):                                # of a classifier
         return lines + dataset.notes
     counts = [len(dataset.objects(i)[0]) for i in range(len(dataset))]
     side = np.sqrt(dataset.area[~dataset.crowd])
@@ -1186,7 +1197,7 @@ def class_table(datasets):
     columns = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
                for d in datasets.values()]
     names = dict.fromkeys(name for column in columns for name in column)
-    head = "images" if isinstance([*datasets.values()][0], ImageFolder) else "objects"
+    head = "objects" if hasattr([*datasets.values()][0], "boxes") else "images"
     rows = [(head, *datasets), *((n, *(c.get(n, "-") for c in columns)) for n in names)]
     wide = max(len(row[0]) for row in rows)
     return [f"{name:{wide}s}" + "".join(f" {v:>8}" for v in row) for name, *row in rows]

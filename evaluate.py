@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (COCO_CLASSES, CocoDataset, EvalSampler, ImageFolder, ShapesClassification,
-                  ShapesDataset, coco_paths, collate, cxcywh_to_xyxy, read_json)
+                  ShapesDataset, coco_paths, collate, cxcywh_to_xyxy, read_json, to_device)
 from model import (METAFORMERS, MetaFormer, MetaFormerConfig, ModelConfig, build_model,
                    load_weights, read_checkpoint)
 
@@ -43,28 +43,34 @@ def postprocess(logits, boxes, sizes):
     return [dict(scores=s, labels=k, boxes=b) for s, k, b in zip(scores, labels, boxes)]
 
 
-def to_device(images, valid, device):
-    """A batch on the device; valid None where there is no padding, so that nothing is masked."""
-    padded = not valid.all()                                         # still on the CPU: no waiting
-    images = images.to(device, non_blocking=True)
-    return images, valid.to(device, non_blocking=True) if padded else None
-
-
 @torch.inference_mode()
-def detect(model, loader, device, dtype=torch.float32):
-    """All detections of this process: float64 (D, 7) of image index, class, score, x, y, w, h."""
+def collect_rows(model, loader, device, dtype, rows_of, width):
+    """Rows (n, width) float64 of all batches of this process: rows_of(outputs, targets, dataset)."""
     model.eval()
-    rows = [torch.zeros(0, 7, dtype=torch.float64)]
+    rows = [torch.zeros(0, width, dtype=torch.float64)]
     for images, valid, targets in loader:
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            logits, boxes = model(*to_device(images, valid, device))
-        found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
-        for target, d in zip(targets, found):
-            xywh = torch.cat([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
-            image = torch.full_like(d["scores"], target["index"], dtype=torch.float64)
-            row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], xywh], 1)
-            rows.append(row.double().cpu())
+            outputs = model(*to_device(images, valid, device))
+        rows.append(rows_of(outputs, targets, loader.dataset))
     return torch.cat(rows)
+
+
+def detection_rows(outputs, targets, dataset):
+    """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
+    logits, boxes = outputs
+    rows = []
+    for target, d in zip(targets, postprocess(logits[-1], boxes[-1],
+                                              [t["orig_size"] for t in targets])):
+        xywh = torch.cat([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
+        image = torch.full_like(d["scores"], target["index"], dtype=torch.float64)
+        row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], xywh], 1)
+        rows.append(row.double().cpu())
+    return torch.cat(rows)
+
+
+def detect(model, loader, device, dtype=torch.float32):
+    """All detections of this process: float64 (D, 7) of image index, class, score, x, y, w, h."""
+    return collect_rows(model, loader, device, dtype, detection_rows, 7)
 
 
 def gather_rows(rows):
@@ -80,27 +86,25 @@ def gather_rows(rows):
     return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
 
 
-@torch.inference_mode()
-def classify(model, loader, device, dtype=torch.float32):
-    """What a classifier takes the images of this process for: float64 (n, 5) of image index, class,
+def class_rows(logits, targets, dataset):
+    """What a classifier takes the images of a batch for: float64 (n, 5) of image index, class,
     probability, true class, and how many classes stand before the true one. Of equal ones the
     first stands first. Raises ValueError if a logit is not finite."""
-    model.eval()
-    rows = [torch.zeros(0, 5, dtype=torch.float64)]
-    for images, valid, targets in loader:
-        labels = torch.cat([t["labels"] for t in targets])
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            logits = model(*to_device(images, valid, device)).float().cpu()
-        index = torch.tensor([t["index"] for t in targets])
-        bad = index[~logits.isfinite().all(1)].tolist()
-        if bad:
-            raise ValueError(f"the logits of the image(s) {loader.dataset.image_ids[bad].tolist()} "
-                             f"are not finite")
-        order = logits.argsort(dim=1, descending=True, stable=True)                 # (B, K)
-        place = (order == labels[:, None]).int().argmax(1)
-        best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
-        rows.append(torch.stack([index, order[:, 0], best.double(), labels, place], 1))
-    return torch.cat(rows)
+    labels, index = torch.cat([t["labels"] for t in targets]), [t["index"] for t in targets]
+    logits, index = logits.float().cpu(), torch.tensor(index)
+    bad = index[~logits.isfinite().all(1)].tolist()
+    if bad:
+        raise ValueError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
+                         f"finite")
+    order = logits.argsort(dim=1, descending=True, stable=True)                     # (B, K)
+    place = (order == labels[:, None]).int().argmax(1)
+    best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
+    return torch.stack([index, order[:, 0], best.double(), labels, place], 1)
+
+
+def classify(model, loader, device, dtype=torch.float32):
+    """class_rows of all images of this process."""
+    return collect_rows(model, loader, device, dtype, class_rows, 5)
 
 
 def class_accuracy(rows, dataset):

@@ -1285,7 +1285,7 @@ def load_weights(model, source, strict=True):
         raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is "
                          f"expected")
     target = model
-    if isinstance(model, DETR) and not any(k.startswith("transformer.") for k in state):
+    if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # from a classifier
     if isinstance(target, MetaFormer):
         state = our_names(state)

@@ -215,7 +215,7 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
     for key, (image, target) in reversed(first.items()):             # another order, another object
         image_b, target_b = b[key]
         assert torch.equal(image_b, image) and torch.equal(target_b["boxes"], target["boxes"])
-        assert image.shape[1:] == a.plan(*key).size                  # what the sampler counts on
+        assert image.shape[1:] == a.size_of(*key)                  # what the sampler counts on
         corners = cxcywh_to_xyxy(target["boxes"])
         assert (corners > -1e-4).all() and (corners < 1.0001).all()
     assert any(a.plan(0, i) != a.plan(1, i) for i in range(20))
@@ -798,8 +798,8 @@ class Sized:
     def __len__(self):
         return len(self.sizes)
 
-    def plan(self, epoch, i):
-        return SimpleNamespace(size=tuple(self.sizes[i]))
+    def size_of(self, epoch, i):
+        return tuple(self.sizes[i])
 
 
 def steps_of(world=1, accumulate=1, epoch=1, first_step=0, grouped=True):

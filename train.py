@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
-                  TrainSampler, coco_paths, collate, contact_sheet, cxcywh_to_xyxy, mix)
-from evaluate import evaluate, to_device
+                  TrainSampler, coco_paths, collate, contact_sheet, cxcywh_to_xyxy, mix, to_device)
+from evaluate import evaluate
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from model import (METAFORMERS, MODELS, RESNETS, MetaFormer, MetaFormerConfig, ModelConfig,
                    build_model, load_backbone, load_weights, read_checkpoint)
