@@ -43,10 +43,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import mixers as mixers_py
 import data
-import losses
-import matcher
 import model as model_py
+import matcher
+import losses
 import train
 
 # what can be turned off, and the modes in which it can matter; without_levers says for what
@@ -129,12 +130,12 @@ def without_levers(off):
         cost = functools.partial(all_pairs_cost, cost=cost)
     replacements = {
         "channels_last": (torch, "channels_last", torch.contiguous_format),
-        "sdpa": (F, "scaled_dot_product_attention", model_py.explicit_attention),
+        "sdpa": (F, "scaled_dot_product_attention", mixers_py.explicit_attention),
         "mask_none": (train, "to_device", always_masked),
         "folded_norm": (model_py, "conv_norm", norm_of_conv),
         "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
         "reused_grads": (torch.optim.AdamW, "step", free_gradients),
-        "fast_dropout": (model_py, "dropout", F.dropout),
+        "fast_dropout": (mixers_py, "dropout", F.dropout),
         "async_log": (train, "train_step", read_losses),
         "one_transfer": (losses, "match", match_by_layer),
         "broadcast_l1": (matcher, "matching_cost", cost),
@@ -143,6 +144,8 @@ def without_levers(off):
     stack = contextlib.ExitStack()
     for lever in off:
         stack.enter_context(patch.object(*replacements[lever]))
+    if "fast_dropout" in off:
+        stack.enter_context(patch.object(model_py, "dropout", F.dropout))
     return stack
 
 
@@ -742,7 +745,7 @@ def options():
     parser.add_argument("--repeats", type=int, default=0, help="default 7, evaluator 5")
     parser.add_argument("--model", default="detr_r50", choices=[
         name for name in model_py.MODELS if name not in model_py.METAFORMERS])
-    parser.add_argument("--mixer", default="", choices=["", *model_py.MIXERS])
+    parser.add_argument("--mixer", default="", choices=["", *mixers_py.MIXERS])
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--height", type=int, default=320)
     parser.add_argument("--width", type=int, default=320)

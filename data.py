@@ -30,12 +30,11 @@ import zlib
 from collections import namedtuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
-
 # Names by original category id, as the officially released DETR files number their 91 outputs;
 # eleven of these ids were never used.
 COCO_CLASSES = (

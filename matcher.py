@@ -5,8 +5,8 @@
 Paper: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
 """
 
-import torch
 from scipy.optimize import linear_sum_assignment
+import torch
 
 from data import cxcywh_to_xyxy, generalized_box_iou
 

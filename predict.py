@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data import IMAGE_SUFFIXES, draw_boxes, plan_validation, read_image
-from evaluate import check_device, load_model, postprocess
 from model import MetaFormer
+from evaluate import check_device, load_model, postprocess
 
 
 def find_images(paths):

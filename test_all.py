@@ -47,25 +47,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-import bench
+import mixers as mixers_py
 import data
-import evaluate
 import model as model_py
-import predict
+import evaluate
 import train
-from data import (apply_plan, box_iou, center_crop, check_coco, CocoDataset, collate, crop_region,
-                  cxcywh_to_xyxy, EvalSampler, generalized_box_iou, ImageFolder, mix, open_images,
-                  overlap, Plan, plan_training, rand_augment, RAND_AUGMENT, random_erase,
-                  read_image, resized, ShapesClassification, ShapesDataset, show, sort_by_shape,
-                  Target, TrainSampler,
-                  xyxy_to_cxcywh)
-from evaluate import coco_eval, evaluate_columns, mask_edges, summary
-from losses import classification_loss, ClassLossConfig, LossConfig, loss_counts, set_loss
+import predict
+import bench
+from mixers import MIXERS, AttentionMixer
+from data import (PIXEL_MEAN, PIXEL_STD, RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan,
+                  ShapesClassification, ShapesDataset, Target, TrainSampler, apply_plan, box_iou,
+                  center_crop, check_coco, collate, crop_region, cxcywh_to_xyxy,
+                  generalized_box_iou, mix, open_images, overlap, plan_training, rand_augment,
+                  random_erase, read_image, resized, show, sort_by_shape, xyxy_to_cxcywh)
+from model import (METAFORMERS, PUBLISHED, Decoder, Encoder, GroupNorm, LearnedPosition,
+                   MetaFormerConfig, ModelConfig, ResNet, SinePosition, build_model, counts,
+                   load_backbone, load_weights, multiply_adds, our_names, token_norm)
 from matcher import match
-from model import (AttentionMixer, build_model, counts, Decoder, Encoder, GroupNorm,
-                   LearnedPosition, load_backbone, load_weights, MetaFormerConfig, METAFORMERS,
-                   MIXERS, ModelConfig, multiply_adds, our_names, PIXEL_MEAN, PIXEL_STD, PUBLISHED,
-                   ResNet, SinePosition, token_norm)
+from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
+from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -1200,16 +1200,17 @@ def test_attention_with_dropout_is_torchs_in_the_mean():
     q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
     attended = ragged(2, 6)[:, None, None, :]
     for mask in (None, attended):
-        assert_close(model_py.explicit_attention(q, k, v, mask, 0.0),
+        assert_close(mixers_py.explicit_attention(q, k, v, mask, 0.0),
                      F.scaled_dot_product_attention(q, k, v, mask))
     many = [t[1:].expand(20_000, -1, -1, -1) for t in (q, k, v)]
-    mean = model_py.explicit_attention(*many, attended[1:], 0.4).mean(0)
+    mean = mixers_py.explicit_attention(*many, attended[1:], 0.4).mean(0)
     expected = F.scaled_dot_product_attention(q[1], k[1], v[1], attended[1])
     assert_close(mean, expected, atol=0.05, rtol=0)
 
 
 def test_attention_in_training_has_the_mask_and_the_gradients_of_evaluation(monkeypatch):
-    monkeypatch.setattr(model_py, "dropout", lambda x, p: x)
+    for module in (model_py, mixers_py):
+        monkeypatch.setattr(module, "dropout", lambda x, p: x)
     torch.manual_seed(0)
     mixer = AttentionMixer(small(dropout=0.2))
     x, pos, valid = torch.randn(2, 12, 16, requires_grad=True), torch.randn(12, 16), ragged(2, 12)
@@ -1227,7 +1228,7 @@ def test_dropout_drops_each_value_alone_with_its_probability(p, dtype):
     torch.manual_seed(3)
     n = 400_002                                                      # no multiple of four
     x = torch.full((2, n // 2), 2.0, dtype=dtype, requires_grad=True)
-    y = model_py.dropout(x, p)
+    y = mixers_py.dropout(x, p)
     kept = torch.tensor(2 / (1 - p)).to(dtype)
     assert y.dtype == dtype and y.shape == x.shape
     assert_close(y[y != 0], kept.expand(int((y != 0).sum())), atol=0,
@@ -1246,21 +1247,22 @@ def test_dropout_drops_each_value_alone_with_its_probability(p, dtype):
 def test_dropout_follows_the_seed_and_ends_at_its_bounds():
     x = torch.ones(1001)
     torch.manual_seed(7)
-    first, second = model_py.dropout(x, 0.5), model_py.dropout(x, 0.5)
+    first, second = mixers_py.dropout(x, 0.5), mixers_py.dropout(x, 0.5)
     torch.manual_seed(7)
-    assert torch.equal(model_py.dropout(x, 0.5), first) and not torch.equal(first, second)
-    assert torch.equal(model_py.dropout(x, 0.0), x)
-    assert model_py.dropout(x, 0.9999999).count_nonzero() < 5
-    assert model_py.dropout(torch.ones(0, 3), 0.5).shape == (0, 3)
-    assert model_py.dropout(torch.ones(2, device="meta"), 0.5).is_meta
+    assert torch.equal(mixers_py.dropout(x, 0.5), first) and not torch.equal(first, second)
+    assert torch.equal(mixers_py.dropout(x, 0.0), x)
+    assert mixers_py.dropout(x, 0.9999999).count_nonzero() < 5
+    assert mixers_py.dropout(torch.ones(0, 3), 0.5).shape == (0, 3)
+    assert mixers_py.dropout(torch.ones(2, device="meta"), 0.5).is_meta
     columns = torch.ones(40, 30).t()                                 # not contiguous
-    assert set(model_py.dropout(columns, 0.5).flatten().tolist()) == {0.0, 2.0}
+    assert set(mixers_py.dropout(columns, 0.5).flatten().tolist()) == {0.0, 2.0}
 
 
 def test_dropout_is_where_the_official_layers_have_it(monkeypatch):
     """On attention weights, after each block, and between the feed-forward's linear layers."""
     seen = []
-    monkeypatch.setattr(model_py, "dropout", lambda x, p: seen.append((tuple(x.shape), p)) or x)
+    for module in (model_py, mixers_py):
+        monkeypatch.setattr(module, "dropout", lambda x, p: seen.append((tuple(x.shape), p)) or x)
     model = build_model("detr_tiny", **{**SMALL, "dropout": 0.2, "dec_layers": 1}, num_queries=5)
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     model.eval()(images)
@@ -2592,7 +2594,7 @@ def test_filtered_detections_are_none_and_the_file_of_a_fault_is_named(tmp_path,
 
 def test_the_table_has_the_best_class_first():
     gt = instances(ann(), ann(category_id=2))
-    table = evaluate.class_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
+    table = data_py.class_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
     assert re.search(r"cat +1.000 +1.000 +1\ndog +0.300 +1.000 +1", table)
 
 
@@ -4359,7 +4361,7 @@ def test_levers_of_dropout_and_gradients_are_off(monkeypatch):
     for off, freed in (([], False), (["fast_dropout", "reused_grads"], True)):
         with bench.without_levers(off):
             bench.make_run(args)()
-            assert (model_py.dropout is F.dropout) == freed
+            assert (mixers_py.dropout is F.dropout) == freed
         assert all(p.grad is None for p in model.parameters()) == freed
 
 

@@ -29,18 +29,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, get_args, get_type_hints
 
 import numpy as np
+from PIL import Image
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
                   TrainSampler, coco_paths, collate, contact_sheet, cxcywh_to_xyxy, mix, to_device)
-from evaluate import evaluate
-from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from model import (METAFORMERS, MODELS, RESNETS, MetaFormer, MetaFormerConfig, ModelConfig,
                    build_model, load_backbone, load_weights, read_checkpoint)
+from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
+from evaluate import evaluate
 
 
 @dataclass(frozen=True)
@@ -763,7 +763,6 @@ def find_not_finite(model, compute):
 
 
 # -- the run -------------------------------------------------------------------------------------
-
 
 def prepare_model(model_cfg, cfg, state, classes, device, say):
     """The bare model with its first weights, what DDP or compile made of it, and its optimizer."""
