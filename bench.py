@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixers as mixers_py
+import images as images_py
 import data
 import model as model_py
 import matcher
@@ -108,7 +109,7 @@ def read_losses(*args, step=train.train_step):
 def float_item(self, key, item=data.DetectionDataset.__getitem__):
     """Normalised in the loader, four bytes per value."""
     image, target = item(self, key)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.PIXEL_MEAN, data.PIXEL_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images_py.PIXEL_MEAN, images_py.PIXEL_STD))
     return (image.float() - mean) / std, target
 
 
@@ -513,7 +514,7 @@ def bench_loader(args):
     result.update(images=n, padding=padding_share(dataset, batches), images_per_s={
         name: round(n / s["median"], 2) for name, s in result["seconds"].items()})
     if args.official:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.PIXEL_MEAN, data.PIXEL_STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images_py.PIXEL_MEAN, images_py.PIXEL_STD))
         keys = sum(batches, [])[:16]
         pixels = [(dataset[k][0], (items[k][0] * std + mean).round()) for k in keys]
         result["pixels_differ_by"] = max((a - b).abs().max().item() for a, b in pixels)

@@ -26,15 +26,16 @@ import reprlib
 import sys
 import time
 import warnings
-import zlib
 from collections import namedtuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 import torch
 import torch.nn.functional as F
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
+from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
+                    read_image, resized)
+
 # Names by original category id, as the officially released DETR files number their 91 outputs;
 # eleven of these ids were never used.
 COCO_CLASSES = (
@@ -92,106 +93,7 @@ def generalized_box_iou(a, b):
     return overlap(a[..., :, None, :], b[..., None, :, :])[1]
 
 
-# -- images --------------------------------------------------------------------------------------
-
-def read_image(path, size=None, note=""):
-    """The picture a viewer shows, as a PIL image in RGB.
-
-    Turned upright by its EXIF orientation, unless only the raw pixels have the `size` (height,
-    width) that the annotations state: then the boxes were drawn on the raw pixels. Transparent
-    pixels lie on white, 16-bit grey is scaled to 8 bit. Raises FileNotFoundError, and ValueError
-    for a file that cannot be decoded or has another size; `note` (the image's id, say) is added.
-    """
-    name = f"{path}{note}"
-    if not os.path.isfile(path):                 # a named pipe, for one, would block
-        raise FileNotFoundError(f"{name} not found, or no file: is the image folder the right one?")
-    try:
-        with Image.open(path) as raw:
-            raw.load()                           # Image.open alone accepts a truncated file
-            image = ImageOps.exif_transpose(raw)
-    except Exception as error:                   # a broken file can make Pillow raise anything
-        raise ValueError(f"{name} cannot be read as an image "
-                         f"({str(error) or type(error).__name__}): replace it or remove it from "
-                         f"the data set") from None
-    if size is not None and (image.height, image.width) != tuple(size):
-        if (raw.height, raw.width) != tuple(size):
-            raise ValueError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
-                             f"height), the annotations say {size[1]} x {size[0]}: annotate the "
-                             f"file that is there")
-        image = raw
-    return to_rgb(image, name)
-
-
-def to_rgb(image, name):
-    """`image` in RGB as a viewer shows it; ValueError for modes without a defined look."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()
-    if image.mode.startswith("I"):               # 16 bit, by file format in mode I;16 or I
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
-                             f"defined brightness, save the image with 8 or 16 bits")
-        return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
-        raise ValueError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
-                         f"save the image as 8-bit RGB or grey")
-    return image.convert("RGB")
-
-
-def draw_boxes(image, boxes_xyxy, names, scores=None):
-    """A copy of the PIL image with boxes (pixels), class names and, where given, scores."""
-    image = image.copy()
-    draw = ImageDraw.Draw(image)
-    line = max(1, round(min(image.size) / 200))
-    font = ImageFont.load_default(max(10, round(min(image.size) / 28)))
-    order = range(len(names)) if scores is None else np.argsort(np.asarray(scores))  # best on top
-    for i in order:
-        x1, y1, x2, y2 = [float(v) for v in boxes_xyxy[i]]
-        color = f"hsl({zlib.crc32(names[i].encode()) % 360}, 90%, 40%)"  # a class keeps its colour
-        draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
-        text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
-        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font, anchor="lb")
-        x = max(0, min(left, image.width - right + left)) - left         # keep the label inside
-        y = max(0, -top)
-        draw.rectangle([left + x, top + y, right + x, bottom + y], color)
-        draw.text((x1 + x, y1 + y), text, "white", font=font, anchor="lb")
-    return image
-
-
-def contact_sheet(items, columns=4, side=320):
-    """One PIL image of up to 16 `items`, each a tuple of draw_boxes' arguments, in rows of
-    `columns`; every image is scaled to fit side x side pixels before its boxes are drawn."""
-    items = items[:16]
-    rows = math.ceil(len(items) / columns)
-    sheet = Image.new("RGB", (min(columns, len(items)) * side, rows * side), "white")
-    for k, (image, boxes, *rest) in enumerate(items):
-        scale = (side - 4) / max(image.size)
-        image = image.resize([max(1, round(v * scale)) for v in image.size])
-        tile = draw_boxes(image, np.asarray(boxes) * scale, *rest)
-        sheet.paste(tile, (k % columns * side + 2, k // columns * side + 2))
-    return sheet
-
-
 # -- augmentation --------------------------------------------------------------------------------
-
-def resized(h, w, size, max_size=None):
-    """(height, width) with the shorter side `size`, or less where the longer passes `max_size`.
-
-    The official rule to the pixel: the size is rounded half to even, the longer side cut down,
-    so that it can pass max_size by one.
-    """
-    short, long = min(h, w), max(h, w)
-    if max_size is not None and long / short * size > max_size:
-        size = int(round(max_size * short / long))
-        if size == 0:                            # a line; the official code fails
-            return (1, max_size) if h < w else (max_size, 1)
-    if short == size:
-        return h, w
-    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
-
 
 # What is done to an image: flip (bool), resize to `first` (h, w), crop (top, left, h, w), resize to
 # `size` (h, w); None leaves a step out. Drawn from the sizes alone, so that the sampler knows every
@@ -776,45 +678,6 @@ class ShapesDataset(DetectionDataset):
         return image
 
 
-def ground_colors(rng):
-    """Two like colours."""
-    first = tuple(rng.randrange(256) for _ in range(3))
-    return first, tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in first)
-
-
-def draw_ground(rng, ground, side):
-    """A PIL image, plain, shaded, striped or noisy in the two colours of `ground`."""
-    kind = rng.choice(("plain", "shaded", "striped", "noisy"))
-    a, b = np.float32(ground)
-    ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]              # (side, 1, 1)
-    if kind == "plain":
-        ramp = np.zeros_like(ramp)
-    if kind == "striped":
-        ramp = (np.arange(side) // rng.randint(2, 8) % 2)[:, None, None]
-    pixels = np.broadcast_to(a + (b - a) * ramp, (side, side, 3))
-    if kind == "noisy":
-        noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
-        pixels = pixels + noise
-    pixels = pixels.clip(0, 255).astype(np.uint8)
-    if rng.random() < 0.5:
-        pixels = pixels.transpose(1, 0, 2)
-    return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def draw_shape(image, rng, label, box, **paint):
-    """Draw a rectangle (0), ellipse (1) or triangle (2) that fills `box`, xywh, to the pixel."""
-    (x, y, w, h), draw = box, ImageDraw.Draw(image)
-    right, bottom = x + w - 1, y + h - 1                             # the last pixel inside
-    if label == 0:
-        draw.rectangle([x, y, right, bottom], **paint)
-    elif label == 1:
-        draw.ellipse([x, y, right, bottom], **paint)
-    else:
-        tip = rng.randint(x, right)
-        base, top = (bottom, y) if rng.random() < 0.5 else (y, bottom)
-        draw.polygon([(x, base), (right, base), (tip, top)], **paint)
-
-
 class ClassificationDataset(torch.utils.data.Dataset):
     """Images of one class each, all of image_size x image_size pixels.
 
@@ -855,9 +718,6 @@ class ClassificationDataset(torch.utils.data.Dataset):
         rows = np.tile(order[np.argsort(turn, kind="stable")][:n], repeat)
         self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
         return self
-
-
-IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 
 
 class ImageFolder(ClassificationDataset):

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixers import MIXERS, AttentionMixer, StarReLU, dropout, to_grid
-from data import PIXEL_MEAN, PIXEL_STD
+from images import PIXEL_MEAN, PIXEL_STD
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import torch
 
-from data import IMAGE_SUFFIXES, draw_boxes, plan_validation, read_image
+from images import IMAGE_SUFFIXES, draw_boxes, read_image
+from data import plan_validation
 from model import MetaFormer
 from evaluate import check_device, load_model, postprocess
 

@@ -55,11 +55,12 @@ import train
 import predict
 import bench
 from mixers import MIXERS, AttentionMixer
-from data import (PIXEL_MEAN, PIXEL_STD, RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan,
-                  ShapesClassification, ShapesDataset, Target, TrainSampler, apply_plan, box_iou,
-                  center_crop, check_coco, collate, crop_region, cxcywh_to_xyxy,
-                  generalized_box_iou, mix, open_images, overlap, plan_training, rand_augment,
-                  random_erase, read_image, resized, show, sort_by_shape, xyxy_to_cxcywh)
+from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
+from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
+                  ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, check_coco,
+                  collate, crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, open_images,
+                  overlap, plan_training, rand_augment, random_erase, show, sort_by_shape,
+                  xyxy_to_cxcywh)
 from model import (METAFORMERS, PUBLISHED, Decoder, Encoder, GroupNorm, LearnedPosition,
                    MetaFormerConfig, ModelConfig, ResNet, SinePosition, build_model, counts,
                    load_backbone, load_weights, multiply_adds, our_names, token_norm)

@@ -35,8 +35,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from images import contact_sheet
 from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
-                  TrainSampler, coco_paths, collate, contact_sheet, cxcywh_to_xyxy, mix, to_device)
+                  TrainSampler, coco_paths, collate, cxcywh_to_xyxy, mix, to_device)
 from model import (METAFORMERS, MODELS, RESNETS, MetaFormer, MetaFormerConfig, ModelConfig,
                    build_model, load_backbone, load_weights, read_checkpoint)
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
