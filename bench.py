@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mixers as mixers_py
 import images as images_py
+import resnet as resnet_py
 import data
 import model as model_py
 import matcher
@@ -133,7 +134,7 @@ def without_levers(off):
         "channels_last": (torch, "channels_last", torch.contiguous_format),
         "sdpa": (F, "scaled_dot_product_attention", mixers_py.explicit_attention),
         "mask_none": (train, "to_device", always_masked),
-        "folded_norm": (model_py, "conv_norm", norm_of_conv),
+        "folded_norm": (resnet_py, "conv_norm", norm_of_conv),
         "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
         "reused_grads": (torch.optim.AdamW, "step", free_gradients),
         "fast_dropout": (mixers_py, "dropout", F.dropout),
@@ -345,7 +346,7 @@ def official_run(args):
     network.load_state_dict(make_model(args).state_dict())
     network.to(args.device).train(args.what == "step")
     images, valid, targets = make_batch(args, cfg.num_classes)
-    images = model_py.Normalise()(images, None).contiguous()          # its loader does it
+    images = resnet_py.Normalise()(images, None).contiguous()          # its loader does it
     batch = NestedTensor(images, ~valid)
     if args.what == "forward":
         @torch.no_grad()

@@ -48,6 +48,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import mixers as mixers_py
+import resnet as resnet_py
 import data
 import model as model_py
 import evaluate
@@ -56,14 +57,15 @@ import predict
 import bench
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
+from resnet import ResNet
 from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
                   ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, check_coco,
                   collate, crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, open_images,
                   overlap, plan_training, rand_augment, random_erase, show, sort_by_shape,
                   xyxy_to_cxcywh)
 from model import (METAFORMERS, PUBLISHED, Decoder, Encoder, GroupNorm, LearnedPosition,
-                   MetaFormerConfig, ModelConfig, ResNet, SinePosition, build_model, counts,
-                   load_backbone, load_weights, multiply_adds, our_names, token_norm)
+                   MetaFormerConfig, ModelConfig, SinePosition, build_model, counts, load_backbone,
+                   load_weights, multiply_adds, our_names, token_norm)
 from matcher import match
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
@@ -4323,7 +4325,7 @@ def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, training, f
     """A kernel has 54 weights, the map some 40 and 60 pixels."""
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 8, 3, 2, 1, bias=False).train(training)
-    norm, x = model_py.FrozenBatchNorm2d(8), torch.randn(2, 6, size, size, requires_grad=True)
+    norm, x = resnet_py.FrozenBatchNorm2d(8), torch.randn(2, 6, size, size, requires_grad=True)
     for value in norm.buffers():
         value.uniform_(0.5, 2)
     expected = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -4331,7 +4333,7 @@ def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, training, f
     grads = torch.autograd.grad(expected.square().sum(), inputs)
     passes = []
     norm.register_forward_hook(lambda *_: passes.append(1))
-    y = model_py.conv_norm(x, conv, norm)
+    y = resnet_py.conv_norm(x, conv, norm)
     assert_close(y, expected)
     assert len(passes) == (not folded)
     assert_close(torch.autograd.grad(y.square().sum(), inputs), grads, rtol=1e-4, atol=1e-4)
