@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mixers as mixers_py
 import images as images_py
 import resnet as resnet_py
+import metaformer as metaformer_py
 import data
 import model as model_py
 import matcher
@@ -746,7 +747,7 @@ def options():
     parser.add_argument("what", choices=MODES)
     parser.add_argument("--repeats", type=int, default=0, help="default 7, evaluator 5")
     parser.add_argument("--model", default="detr_r50", choices=[
-        name for name in model_py.MODELS if name not in model_py.METAFORMERS])
+        name for name in model_py.MODELS if name not in metaformer_py.METAFORMERS])
     parser.add_argument("--mixer", default="", choices=["", *mixers_py.MIXERS])
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--height", type=int, default=320)

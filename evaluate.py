@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from data import (COCO_CLASSES, CocoDataset, EvalSampler, ImageFolder, ShapesClassification,
                   ShapesDataset, coco_paths, collate, cxcywh_to_xyxy, read_json, to_device)
-from model import (METAFORMERS, MetaFormer, MetaFormerConfig, ModelConfig, build_model,
-                   load_weights, read_checkpoint)
+from model import ModelConfig, build_model, load_weights, read_checkpoint
 
 
 # -- from the network's outputs to detections ----------------------------------------------------

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
+from metaformer import MetaFormer
 from data import plan_validation
-from model import MetaFormer
 from evaluate import check_device, load_model, postprocess
 
 

@@ -58,14 +58,14 @@ import bench
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
 from resnet import ResNet
+from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
 from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
                   ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, check_coco,
                   collate, crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, open_images,
                   overlap, plan_training, rand_augment, random_erase, show, sort_by_shape,
                   xyxy_to_cxcywh)
-from model import (METAFORMERS, PUBLISHED, Decoder, Encoder, GroupNorm, LearnedPosition,
-                   MetaFormerConfig, ModelConfig, SinePosition, build_model, counts, load_backbone,
-                   load_weights, multiply_adds, our_names, token_norm)
+from model import (PUBLISHED, Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition,
+                   build_model, counts, load_backbone, load_weights, multiply_adds, our_names)
 from matcher import match
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
