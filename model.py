@@ -4,7 +4,6 @@
     logits, boxes = model(images, valid)         # uint8 (B, 3, IH, IW), bool (B, IH, IW)
     load_weights(build_model("detr_r50"), "detr-r50-e632da11.pth")
     logits = build_model("poolformer_s12")(images)
-    python model.py                              # parameters, multiply-adds and speed of each model
 
 DETR has the state-dict names of the official implementation.
 Papers: DETR, arXiv:2005.12872; ResNet, arXiv:1512.03385; MetaFormer, arXiv:2111.11418 and
@@ -15,7 +14,6 @@ import argparse
 import math
 import os
 import pickle
-import time
 import urllib.error
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 
 from mixers import MIXERS, AttentionMixer, dropout
 from resnet import NORMS, RESNETS, Normalise, ResNet
-from metaformer import METAFORMERS, GroupNorm, MetaFormer, MetaFormerConfig
+from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
 
 @dataclass(frozen=True)
@@ -514,122 +512,3 @@ def load_backbone(model, weights):
                          f"or give --backbone_weights FILE, or none to train from "
                          f"scratch") from None
     return load_weights(model, state)
-
-
-# -- python model.py -----------------------------------------------------------------------------
-
-def multiply_adds(model, images):
-    """Multiply-adds of convolutions and matrix products in one forward pass, by torch's counter."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    # plain matrix products: the counter does not know the CPU's fused attention, nor inference_mode
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(images)
-    return counter.get_total_flops() // 2
-
-
-# parameters in M, multiply-adds in G at 224 x 224 and top-1 in percent, as the papers print them
-PUBLISHED = """
-poolformer_s12 11.9 1.8 77.2                poolformer_s24 21.4 3.4 80.3
-poolformer_s36 30.8 5.0 81.4                poolformer_m36 56.1 8.8 82.1
-poolformer_m48 73.4 11.6 82.5               poolformer_s12_identity 11.9 1.8 74.3
-poolformer_s12_random 11.9 3.3 75.8         poolformer_s12_conv 11.9 1.8 78.1
-poolformer_s12_pool5 11.9 1.8 77.2          poolformer_s12_pool7 11.9 1.8 77.1
-poolformer_s12_pool9 11.9 1.8 76.8          poolformer_s12_layernorm 11.9 1.8 76.5
-poolformer_s12_batchnorm 11.9 1.8 76.4      poolformer_s12_nonorm 11.9 1.8 46.1
-poolformer_s12_relu 11.9 1.8 76.4           poolformer_s12_silu 11.9 1.8 77.2
-poolformer_s12_noresidual 11.9 1.8 0.1      poolformer_s12_nomlp 2.5 0.2 5.7
-poolformer_s12_pppa 14.0 1.9 78.3           poolformer_s12_ppaa 16.5 2.5 81.0
-poolformer_s12_pppf 11.9 1.8 77.5           poolformer_s12_ppff 12.2 1.9 77.9
-identityformer_s12 11.9 1.8 74.6            identityformer_s24 21.3 3.4 78.2
-identityformer_s36 30.8 5.0 79.3            identityformer_m36 56.1 8.8 80.0
-identityformer_m48 73.3 11.5 80.4           randformer_s12 11.9 1.9 76.6
-randformer_s24 21.3 3.5 78.2                randformer_s36 30.8 5.2 79.5
-randformer_m36 56.1 9.0 81.2                randformer_m48 73.3 11.9 81.4
-poolformerv2_s12 11.9 1.8 78.0              poolformerv2_s24 21.3 3.4 80.7
-poolformerv2_s36 30.8 5.0 81.6              poolformerv2_m36 56.1 8.8 82.2
-poolformerv2_m48 73.3 11.5 82.6             convformer_s18 27 3.9 83.0
-convformer_s36 40 7.6 84.1                  convformer_m36 57 12.8 84.5
-convformer_b36 100 22.6 84.8                caformer_s18 26 4.1 83.6
-caformer_s36 39 8.0 84.5                    caformer_m36 56 13.2 85.2
-caformer_b36 99 23.2 85.5                   vit_ti 5 - 72.2
-vit_s 22 4.6 79.9                           vit_b 86 17.6 81.8
-mixer_s16 18 - -                            mixer_b16 59 12.7 76.4
-""".split()
-PUBLISHED = {name: numbers for name, *numbers in zip(*(PUBLISHED[k::4] for k in range(4)))}
-
-
-def counts(name):
-    """Parameters and multiply-adds of a classifier at 224 x 224: dicts of every way to count them.
-
-    The PoolFormer paper's sizes leave LayerScale out, its ablations do not; and it counts 5 per
-    element for a group norm, as fvcore does. The follow-up paper counts no norms. Nothing is
-    allocated: the tensors are on the meta device.
-    """
-    with torch.device("meta"):
-        model, images = build_model(name).eval(), torch.zeros(1, 3, 224, 224)
-    named = {k: p.numel() for k, p in model.named_parameters() if p.requires_grad}
-    norms = []
-    for module in model.modules():
-        if isinstance(module, GroupNorm):
-            module.register_forward_hook(lambda m, args, y: norms.append(5 * y.numel()))
-    macs = multiply_adds(model, images)
-    return ({"": sum(named.values()),
-             "no LayerScale": sum(n for k, n in named.items() if "layer_scale" not in k)},
-            {"": macs, "with norms": macs + sum(norms)})
-
-
-def agreement(printed, ways, unit):
-    """How a published figure comes about: the first of `ways` to count that gives its digits."""
-    digits = len(printed.partition(".")[2])
-    for way, count in ways.items():
-        if printed in ("-", f"{count / unit:.{digits}f}"):
-            return way
-    return "cut" if float(printed) <= ways[""] / unit < float(printed) + 0.1**digits else "DIFFERS"
-
-
-def print_classifiers():
-    """The papers' tables as computed, a line per classifier."""
-    print("classifiers at 224 x 224, beside the figures of their papers. A note says where a "
-          "published one\nis reproduced by another way of counting, was cut instead of rounded, "
-          "or differs.\n")
-    print(f"{'model':25s} {'trained':>11s} {'published M':>11s}  {'':13s} {'G mult-adds':>11s} "
-          f"{'published':>9s}  {'':10s} {'published top-1':>15s}")
-    for name, (params, macs, top1) in PUBLISHED.items():
-        p, m = counts(name)
-        note_p, note_m = agreement(params, p, 1e6), agreement(macs, m, 1e9)
-        print(f"{name:25s} {p['']:11,d} {params:>11s}  {note_p:13s} {m[''] / 1e9:11.3f} "
-              f"{macs:>9s}  {note_m:10s} {top1:>15s}")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Size of the classifiers; size and speed of the DETRs, eval mode, batch 1.")
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    print_classifiers()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"\n{'model':14s} {'mixer':10s} {'image':>9s} {'parameters':>11s} {'trained':>11s} "
-          f"{'G mult-adds':>11s} {'images/s':>9s}   ({device}, {torch.get_num_threads()} threads)")
-    rows = [(name, "attention") for name in MODELS if name not in METAFORMERS]
-    rows += [(name, mixer) for name in ("detr_tiny", "detr_r50")
-             for mixer in MIXERS if mixer != "attention"]
-    for name, mixer in rows:
-        model = build_model(name, mixer=mixer).eval().to(device, memory_format=torch.channels_last)
-        h, w = (64, 64) if name == "detr_tiny" else args.size
-        images = torch.randint(256, (1, 3, h, w), dtype=torch.uint8, device=device)
-        macs, times = multiply_adds(model, images), []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                model(images)[1].sum().item()                       # waits for the device
-            times.append(time.perf_counter() - start)
-        parameters = [p.numel() for p in model.parameters()]
-        trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        print(f"{name:14s} {mixer:10s} {f'{h}x{w}':>9s} {sum(parameters):11,d} {sum(trained):11,d} "
-              f"{macs / 1e9:11.3f} {1 / sorted(times)[len(times) // 2]:9.2f}")
-
-
-if __name__ == "__main__":
-    main()

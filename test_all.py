@@ -64,8 +64,8 @@ from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, Sha
                   collate, crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, open_images,
                   overlap, plan_training, rand_augment, random_erase, show, sort_by_shape,
                   xyxy_to_cxcywh)
-from model import (PUBLISHED, Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition,
-                   build_model, counts, load_backbone, load_weights, multiply_adds, our_names)
+from model import (Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model,
+                   load_backbone, load_weights, our_names)
 from matcher import match
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
 from evaluate import coco_eval, evaluate_columns, mask_edges, summary
@@ -1742,18 +1742,18 @@ def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     ("randformer_s12", 11_891_712, 1_888_484_352), ("caformer_b36", 98_753_614, 23_160_476_160),
     ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936)])
 def test_sizes_are_the_official_ones(name, params, macs):
-    assert [ways[""] for ways in counts(name)] == [params, macs]
+    assert [ways[""] for ways in bench.counts(name)] == [params, macs]
 
 
 def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, capsys):
     few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
            "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
            "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16"]
-    monkeypatch.setattr(model_py, "PUBLISHED", {name: PUBLISHED[name] for name in few})
-    model_py.print_classifiers()
+    monkeypatch.setattr(bench, "PUBLISHED", {name: bench.PUBLISHED[name] for name in few})
+    bench.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
     notes = {row[0]: row[3:] for row in rows}
-    assert set(PUBLISHED) == set(METAFORMERS) - {"metaformer_tiny"} and list(notes) == few
+    assert set(bench.PUBLISHED) == set(METAFORMERS) - {"metaformer_tiny"} and list(notes) == few
     words = {name: set(row) & {"no LayerScale", "with norms", "cut", "DIFFERS"}
              for name, row in notes.items()}
     assert {name: w for name, w in words.items() if w} == {
@@ -4286,8 +4286,9 @@ def test_the_images_given_are_left_as_they_are():
 def test_multiply_adds_count_the_attention():
     cfg = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=1)
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)             # 8 x 8 tokens, 12 queries
-    count = [multiply_adds(build_model("detr_tiny", mixer=mixer, **cfg).eval(), images)
-             for mixer in ("attention", "identity")]
+    models = [build_model("detr_tiny", mixer=mixer, **cfg).eval()
+              for mixer in ("attention", "identity")]
+    count = [bench.count_flops(lambda: model(images)) // 2 for model in models]
     projections, products = 4 * 32 * 32 * (64 + 12), 2 * 32 * (64**2 + 12**2)
     assert count[0] - count[1] == projections + products
 
@@ -4400,8 +4401,9 @@ def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, wh
         assert r["images_per_s"][name] == pytest.approx(2 / s["median"], rel=0.02)
     assert r["host_syncs"] is None and r["batch_size"] == 2 and r["what"] == what
     if what == "forward":                                             # 2 images of 64 x 64 pixels
-        macs = multiply_adds(build_model("detr_tiny"), torch.zeros(2, 3, 64, 64)) / 1e12
-        assert r["tflops"] == pytest.approx(2 * macs / r["seconds"]["ours"]["median"], rel=0.02)
+        model = build_model("detr_tiny")
+        flops = bench.count_flops(lambda: model(torch.zeros(2, 3, 64, 64))) / 1e12
+        assert r["tflops"] == pytest.approx(flops / r["seconds"]["ours"]["median"], rel=0.02)
         assert r["mfu"] == pytest.approx(10 * r["tflops"], abs=1e-3)
 
 
