@@ -1027,7 +1027,7 @@ def open_images(dataset, workers):
     return np.array(sizes).reshape(-1, 2), faults, remarks
 
 
-def describe(dataset, sizes):
+def describe_dataset(dataset, sizes):
     """Lines on the images, of these sizes where they are known, and the objects of a data set."""
     lines = [f"         {len(dataset)} images"]
     if len(sizes):
@@ -1051,7 +1051,7 @@ def describe(dataset, sizes):
     return lines
 
 
-def class_table(datasets):
+def objects_table(datasets):
     """Lines: how many objects, or images of a classifier, of each class are in each data set."""
     columns = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
                for d in datasets.values()]
@@ -1101,9 +1101,9 @@ def main(argv=None):
         if args.images:
             sizes, new, remarks = open_images(dataset, args.num_workers)
             faults += new
-        print(*describe(dataset, sizes), *remarks, sep="\n")
+        print(*describe_dataset(dataset, sizes), *remarks, sep="\n")
     if datasets:
-        print(*class_table(datasets), sep="\n")
+        print(*objects_table(datasets), sep="\n")
     if len(datasets) == 2:
         new, notes = compare_splits(*datasets.values())
         faults += new

@@ -589,7 +589,7 @@ def subset(index, chosen, what, order=sorted):
         raise ValueError(f"{what} {chosen!r} should be a list of ids") from None
     unknown = [i for i in chosen if i not in index]
     if unknown:
-        raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe(index)}")
+        raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe_ids(index)}")
     return {id_: i for i, id_ in enumerate(order(chosen))}
 
 
@@ -604,7 +604,7 @@ def look_up(records, what, field, index):
                          f"{str(r)[:300]}") from None
 
 
-def describe(ids):
+def describe_ids(ids):
     """How many ids, the first, the last and their types, for an error message."""
     ids = sorted(set(ids), key=lambda i: (type(i).__name__, i))
     types = " and ".join(sorted({type(i).__name__ for i in ids}))
@@ -621,8 +621,8 @@ def check_listed(dt, field, found, index):
         first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
         raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
                          f"value of {field} the ground truth does not list: {first}. They have "
-                         f"{describe(r[field] for r in dt)}; the ground truth has "
-                         f"{describe(index)}. Use the file they were made for and its ids")
+                         f"{describe_ids(r[field] for r in dt)}; the ground truth has "
+                         f"{describe_ids(index)}. Use the file they were made for and its ids")
 
 
 def overlapping(gt, dt):
@@ -957,7 +957,7 @@ def find_validation(args, info):
     return dataset.keep(overfit) if overfit else dataset
 
 
-def class_table(result):
+def ap_table(result):
     """Average precision by class, the best first, as lines; "-" for a class without objects."""
     rows = sorted(per_class(result), key=lambda r: (r["objects"] == 0, -r["AP"], r["name"]))
     width = max([5] + [len(r["name"]) for r in rows])
@@ -1079,7 +1079,7 @@ def main(argv=None):
                            strict=args.strict)
     else:
         result = evaluate_checkpoint(args)
-    tables = (summary, class_table) if "precision" in result else (accuracy_table,)
+    tables = (summary, ap_table) if "precision" in result else (accuracy_table,)
     print("\n\n".join(table(result) for table in tables))
     if args.json:
         with open(args.json, "w") as file:
