@@ -17,8 +17,6 @@ arXiv:2111.11418, Sec. 4.1 (augmentation of classifiers).
 """
 
 import argparse
-import gc
-import json
 import math
 import os
 import random
@@ -35,6 +33,7 @@ import torch.nn.functional as F
 
 from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
                     read_image, resized)
+from coco_eval import read_json
 
 # Names by original category id, as the officially released DETR files number their 91 outputs;
 # eleven of these ids were never used.
@@ -385,24 +384,6 @@ class DetectionDataset(torch.utils.data.Dataset):
             setattr(self, name, getattr(self, name)[np.concatenate(rows)])
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
         return self
-
-
-def read_json(path, what):
-    """The JSON in a file; errors name the file, `what` says what it should hold."""
-    collects = gc.isenabled()
-    gc.disable()                # it would walk through all that is read so far, again and again
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: it should hold {what}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): it should hold {what}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): it should hold {what}") from None
-    finally:
-        if collects:
-            gc.enable()
 
 
 def is_number(v):

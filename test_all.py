@@ -48,6 +48,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import mixers as mixers_py
+import coco_eval as coco_eval_py
 import resnet as resnet_py
 import data
 import model as model_py
@@ -57,6 +58,7 @@ import predict
 import bench
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
+from coco_eval import coco_eval, evaluate_columns, mask_edges, summary
 from resnet import ResNet
 from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
 from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
@@ -68,7 +70,6 @@ from model import (Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition,
                    load_backbone, load_weights, our_names)
 from matcher import match
 from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
-from evaluate import coco_eval, evaluate_columns, mask_edges, summary
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -2598,7 +2599,7 @@ def test_filtered_detections_are_none_and_the_file_of_a_fault_is_named(tmp_path,
 
 def test_the_table_has_the_best_class_first():
     gt = instances(ann(), ann(category_id=2))
-    table = data_py.class_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
+    table = coco_eval_py.ap_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
     assert re.search(r"cat +1.000 +1.000 +1\ndog +0.300 +1.000 +1", table)
 
 
@@ -2625,7 +2626,7 @@ def test_masks_by_hand():
     assert mask_edges(dict(size=[3, 2], counts=b"06"), 3, 2).tolist() == [0, 6]
     assert mask_edges(dict(size=[3, 2], counts=[6]), 3, 2).tolist() == []
     edges = mask_edges(dict(size=[5, 3], counts=[1, 1, 5, 4, 4]), 5, 3)     # a run of two columns
-    assert evaluate.mask_box(edges, 5) == [0, 0, 3, 5]
+    assert coco_eval_py.mask_box(edges, 5) == [0, 0, 3, 5]
 
 
 def test_mask_overlap_equals_that_of_pixels():
@@ -2635,13 +2636,13 @@ def test_mask_overlap_equals_that_of_pixels():
     masks[:] = [mask_edges(random_segmentation(rng, h, w), h, w) for _ in masks]
     a, b = rng.integers(0, 40, (2, 200))
     crowd = rng.random(200) < 0.3
-    iou = evaluate.mask_overlap(masks[a], masks[b], crowd)
+    iou = coco_eval_py.mask_overlap(masks[a], masks[b], crowd)
     for n, (i, j) in enumerate(zip(a, b)):
         p, q = pixels(masks[i], h, w), pixels(masks[j], h, w)
         whole = p.sum() if crowd[n] else (p | q).sum()
         assert iou[n] == ((p & q).sum() / whole if (p & q).any() else 0)
         y, x = np.nonzero(p)
-        box = evaluate.mask_box(masks[i], h)
+        box = coco_eval_py.mask_box(masks[i], h)
         if len(x):
             assert box[0] == x.min() and box[0] + box[2] == x.max() + 1
             assert box[1] <= y.min() and box[1] + box[3] >= y.max() + 1
@@ -3809,7 +3810,7 @@ def test_own_coco_files_train_and_evaluate_with_their_own_ids(tmp_path):
     found = json.loads(dt.read_text())
     assert {d["category_id"] for d in found} <= set(IDS)
     assert {d["image_id"] for d in found} == {1000 - 7 * i for i in range(5)}
-    np.testing.assert_allclose(evaluate.coco_eval(gt, found)["stats"], stats, atol=1e-9)
+    np.testing.assert_allclose(coco_eval_py.coco_eval(gt, found)["stats"], stats, atol=1e-9)
     np.testing.assert_allclose(reference_stats(gt, dt), stats, atol=1e-9)
 
 
