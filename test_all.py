@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader
 
 import mixers as mixers_py
 import coco_eval as coco_eval_py
+import check_data as check_data_py
 import resnet as resnet_py
 import data
 import model as model_py
@@ -59,13 +60,13 @@ import bench
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
 from coco_eval import coco_eval, evaluate_columns, mask_edges, summary
+from check_data import check_coco, open_images, show
 from resnet import ResNet
 from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
 from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
-                  ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, check_coco,
-                  collate, crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, open_images,
-                  overlap, plan_training, rand_augment, random_erase, show, sort_by_shape,
-                  xyxy_to_cxcywh)
+                  ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, collate,
+                  crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, overlap, plan_training,
+                  rand_augment, random_erase, sort_by_shape, xyxy_to_cxcywh)
 from model import (Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model,
                    load_backbone, load_weights, our_names)
 from matcher import match
@@ -686,7 +687,7 @@ def write_split(root, split, sizes=(8, 8), names=("ant", "bee"), boxes=()):
 def check_data(capsys, *words):
     """Exit code and text of python data.py."""
     with pytest.raises(SystemExit) as stop:
-        data.main([str(w) for w in words])
+        check_data_py.main([str(w) for w in words])
     return stop.value.code, re.sub(" +", " ", capsys.readouterr().out)
 
 
@@ -738,7 +739,7 @@ def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
         assert code == 1 and "31 fault(s):" in text and "objects train\nant 1" in text
         assert str(path) in text.splitlines()[-1]
     with pytest.raises(FileNotFoundError, match="none: give a folder"):
-        data.main([str(tmp_path / "none")])
+        check_data_py.main([str(tmp_path / "none")])
 
 
 def test_data_py_checks_class_folders(tmp_path, capsys):
