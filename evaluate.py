@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 from coco_eval import (MAX_DETS, ap_table, coco_eval, evaluate_columns, per_class, summary,
                        summary_rows)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
-from data import (COCO_CLASSES, CocoDataset, EvalSampler, ImageFolder, ShapesClassification,
-                  ShapesDataset, coco_paths, collate, cxcywh_to_xyxy, to_device)
+from classification import (ImageFolder, ShapesClassification, accuracy_table, class_accuracy,
+                            class_rows)
+from data import (COCO_CLASSES, CocoDataset, EvalSampler, ShapesDataset, coco_paths, collate,
+                  cxcywh_to_xyxy, to_device)
 from model import ModelConfig, build_model, load_weights, read_checkpoint
 
 
@@ -86,39 +88,9 @@ def gather_rows(rows):
     return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
 
 
-def class_rows(logits, targets, dataset):
-    """What a classifier takes the images of a batch for: float64 (n, 5) of image index, class,
-    probability, true class, and how many classes stand before the true one. Of equal ones the
-    first stands first. Raises ValueError if a logit is not finite."""
-    labels, index = torch.cat([t["labels"] for t in targets]), [t["index"] for t in targets]
-    logits, index = logits.float().cpu(), torch.tensor(index)
-    bad = index[~logits.isfinite().all(1)].tolist()
-    if bad:
-        raise ValueError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
-                         f"finite")
-    order = logits.argsort(dim=1, descending=True, stable=True)                     # (B, K)
-    place = (order == labels[:, None]).int().argmax(1)
-    best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
-    return torch.stack([index, order[:, 0], best.double(), labels, place], 1)
-
-
 def classify(model, loader, device, dtype=torch.float32):
     """class_rows of all images of this process."""
     return collect_rows(model, loader, device, dtype, class_rows, 5)
-
-
-def class_accuracy(rows, dataset):
-    """Accuracies of classify()'s rows, in [0, 1].
-
-    "stats" (3,): top-1, top-5, and top-1 as the mean over the classes that have images;
-    "accuracy" (K,), nan without images; "images" (K,), how many; "rows" and "classes".
-    """
-    label, place = rows[:, 3].long().numpy(), rows[:, 4].numpy()
-    images = np.bincount(label, minlength=len(dataset.classes))
-    hits = np.bincount(label, place == 0, len(images))
-    accuracy = np.where(images > 0, hits / np.maximum(images, 1), np.nan)
-    stats = np.array([(place == 0).mean(), (place < 5).mean(), np.nanmean(accuracy)])
-    return dict(stats=stats, accuracy=accuracy, images=images, rows=rows, classes=dataset.classes)
 
 
 def evaluate(model, loader, device, dtype=torch.float32):
@@ -261,19 +233,6 @@ def find_validation(args, info):
         raise ValueError("an official file does not say what to evaluate it on: give --data DIR, "
                          "or --val_json and --val_images")
     return dataset.keep(overfit) if overfit else dataset
-
-
-def accuracy_table(result):
-    """A classifier's accuracies, and those of the classes, the best first, as lines."""
-    top1, top5, mean = result["stats"]
-    rows = sorted(zip(-result["accuracy"], result["classes"], result["images"].tolist()),
-                  key=lambda row: (not row[2], row))
-    width = max([5] + [len(name) for _, name, _ in rows])
-    lines = [f"top-1 {top1:.4f}   top-5 {top5:.4f}   mean over classes {mean:.4f}",
-             "", f"{'class':{width}s}  top-1   images"]
-    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" if n else f"{name:{width}s}      -        0"
-              for x, name, n in rows]
-    return "\n".join(lines)
 
 
 def result_json(result):

@@ -20,20 +20,6 @@ from matcher import match
 
 
 @dataclass(frozen=True)
-class ClassLossConfig:
-    """What is done to the targets of a classifier; the defaults are PoolFormer's recipe."""
-    smoothing: Annotated[float, "share of a target that is spread evenly over the classes"] = 0.1
-    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none"] = 0.8
-    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none"] = 1.0
-
-    def __post_init__(self):
-        for field in ("smoothing", "mixup", "cutmix"):
-            if not 0 <= getattr(self, field) < (1 if field == "smoothing" else float("inf")):
-                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or more, --smoothing "
-                                 f"below 1")
-
-
-@dataclass(frozen=True)
 class LossConfig:
     """Weights of the matching cost and of the loss, the official DETR's by default."""
     set_cost_class: Annotated[float, "matching: weight of the class probability"] = 1.0
@@ -138,19 +124,3 @@ def errors(logits, index, labels, targets):
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
     return {"class_error": class_error,
             **official_names("cardinality_error", (found - objects).abs().mean(1))}
-
-
-def classification_loss(logits, targets, smoothing=0.0, counts=None):
-    """The loss of a batch of a classifier: "loss", and "class_error" in percent, 0-dim tensors.
-
-    logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as mix() gives
-    them. smoothing: the share of every target that is spread evenly over all K classes. counts:
-    loss_counts of the whole step per rank, None: of this batch. class_error is the share of images
-    whose best class is not the target's largest. Computed in float32.
-    Source: label smoothing, arXiv:1512.00567, Sec. 7.
-    """
-    images = len(logits) if counts is None else counts[2].item()
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-    labels = targets if targets.dim() == 1 else targets.argmax(1)
-    wrong = (logits.argmax(1) != labels).float()
-    return {"loss": loss / images, "class_error": 100 * wrong.mean()}

@@ -51,6 +51,7 @@ import mixers as mixers_py
 import coco_eval as coco_eval_py
 import check_data as check_data_py
 import resnet as resnet_py
+import classification as classification_py
 import data
 import model as model_py
 import evaluate
@@ -63,14 +64,16 @@ from coco_eval import coco_eval, evaluate_columns, mask_edges, summary
 from check_data import check_coco, open_images, show
 from resnet import ResNet
 from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
-from data import (RAND_AUGMENT, CocoDataset, EvalSampler, ImageFolder, Plan, ShapesClassification,
-                  ShapesDataset, Target, TrainSampler, apply_plan, box_iou, center_crop, collate,
-                  crop_region, cxcywh_to_xyxy, generalized_box_iou, mix, overlap, plan_training,
-                  rand_augment, random_erase, sort_by_shape, xyxy_to_cxcywh)
+from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
+                            center_crop, classification_loss, crop_region, mix, rand_augment,
+                            random_erase)
+from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSampler, apply_plan,
+                  box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, overlap, plan_training,
+                  sort_by_shape, xyxy_to_cxcywh)
 from model import (Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model,
                    load_backbone, load_weights, our_names)
 from matcher import match
-from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
+from losses import LossConfig, loss_counts, set_loss
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -4057,11 +4060,11 @@ def test_top_1_top_5_and_accuracy_of_classes_by_hand():
     rows = table.classify()
     assert rows[:, 1].tolist() == 6 * [0] and rows[:, 4].tolist() == [0, 4, 5, 2, 0, 6]
     assert rows[3:, 2].tolist() == pytest.approx(3 * [1 / 7])
-    result = evaluate.class_accuracy(rows, table)
+    result = classification_py.class_accuracy(rows, table)
     assert result["stats"].tolist() == pytest.approx([2 / 6, 4 / 6, 1 / 4])
     assert result["images"].tolist() == [2, 2, 1, 0, 0, 0, 1]
     np.testing.assert_array_equal(result["accuracy"], [1, 0, 0, *3 * [np.nan], 0])
-    assert "d          -        0" in evaluate.accuracy_table(result)
+    assert "d          -        0" in classification_py.accuracy_table(result)
     assert evaluate.result_json(result)["per_class"][3] == dict(name="d", images=0, top1=None)
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"image\(s\) \[10\] are not finite"):

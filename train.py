@@ -38,10 +38,12 @@ from torch.utils.data import DataLoader
 from images import contact_sheet
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
-from data import (CocoDataset, EvalSampler, ImageFolder, ShapesClassification, ShapesDataset,
-                  TrainSampler, coco_paths, collate, cxcywh_to_xyxy, mix, to_device)
+from classification import (ClassLossConfig, ImageFolder, ShapesClassification, classification_loss,
+                            mix)
+from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, coco_paths, collate,
+                  cxcywh_to_xyxy, to_device)
 from model import MODELS, ModelConfig, build_model, load_backbone, load_weights, read_checkpoint
-from losses import ClassLossConfig, LossConfig, classification_loss, loss_counts, set_loss
+from losses import LossConfig, loss_counts, set_loss
 from evaluate import evaluate
 
 

@@ -1,0 +1,399 @@
+"""All that only classifiers need: their augmentation, data sets, loss and accuracy.
+
+    dataset = ImageFolder("imagenet", "val")               # imagenet/val/<class>/*.jpg
+    losses = classification_loss(logits, labels)
+
+Papers: MetaFormer, arXiv:2111.11418, Sec. 4.1; label smoothing, arXiv:1512.00567, Sec. 7.
+"""
+
+import math
+import os
+import random
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+import torch
+import torch.nn.functional as F
+
+from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
+                    read_image, resized)
+from check_data import is_text, show
+
+
+# -- augmentation of classifiers -----------------------------------------------------------------
+
+RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC              # drawn at random
+
+
+def center_crop(image, size, crop_fraction):
+    """The evaluation transform: a PIL image, size x size pixels.
+
+    The shorter side is resized to size / crop_fraction, rounded down, bicubic; the middle is cut
+    out. The fraction is part of a model's recipe: 0.9 for PoolFormer-S, 0.95 for M, else mostly 1.
+    """
+    h, w = resized(image.height, image.width, math.floor(size / crop_fraction))
+    if (w, h) != image.size:
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_region(h, w, rng, share, ratio):
+    """(top, left, height, width) of a random part of h x w pixels, or None if ten tries do not fit.
+
+    share: range of its share of the area; ratio: of width / height, even in the logarithm.
+    """
+    for _ in range(10):
+        area = rng.uniform(*share) * h * w
+        aspect = math.exp(rng.uniform(*map(math.log, ratio)))
+        rh, rw = max(1, round(math.sqrt(area / aspect))), max(1, round(math.sqrt(area * aspect)))
+        if rh <= h and rw <= w:
+            return rng.randint(0, h - rh), rng.randint(0, w - rw), rh, rw
+    return None
+
+
+def crop_region(h, w, rng):
+    """(top, left, height, width) of the part of an image h x w to train on: 8 to 100 % of the area,
+    width / height 3/4 to 4/3; where that does not fit, the largest such part of the middle.
+    Source: Going deeper with convolutions, arXiv:1409.4842, Sec. 6.
+    """
+    ch, cw = min(h, max(1, round(w / (3 / 4)))), min(w, max(1, round(h * (4 / 3))))
+    middle = (h - ch) // 2, (w - cw) // 2, ch, cw
+    return random_region(h, w, rng, (0.08, 1), (3 / 4, 4 / 3)) or middle
+
+
+FILL = tuple(map(round, PIXEL_MEAN))               # what comes in from outside the image
+
+
+def affine(image, matrix, how):
+    """The image moved by the 2 x 3 matrix that leads from new to old pixels."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=FILL)
+
+
+# What can be done to an image at strength v in [-1, 1]; `how` is the resampling. The larger |v|,
+# the stronger, as in timm's "increasing" variant, whose ranges these are; only that one bit is left
+# at full strength, where timm leaves none and the image is black.
+RAND_AUGMENT = {
+    "autocontrast": lambda im, v, how: ImageOps.autocontrast(im),
+    "equalize": lambda im, v, how: ImageOps.equalize(im),
+    "invert": lambda im, v, how: ImageOps.invert(im),
+    "rotate": lambda im, v, how: im.rotate(30 * v, how, fillcolor=FILL),
+    "posterize": lambda im, v, how: ImageOps.posterize(im, max(1, 4 - int(4 * abs(v)))),
+    "solarize": lambda im, v, how: ImageOps.solarize(im, 256 - int(256 * abs(v))),
+    "solarize_add": lambda im, v, how: im.point(
+        [p + int(110 * abs(v)) if p < 128 else p for p in range(256)] * 3),
+    "color": lambda im, v, how: ImageEnhance.Color(im).enhance(1 + 0.9 * v),
+    "contrast": lambda im, v, how: ImageEnhance.Contrast(im).enhance(1 + 0.9 * v),
+    "brightness": lambda im, v, how: ImageEnhance.Brightness(im).enhance(1 + 0.9 * v),
+    "sharpness": lambda im, v, how: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * v),
+    "shear_x": lambda im, v, how: affine(im, (1, 0.3 * v, 0, 0, 1, 0), how),
+    "shear_y": lambda im, v, how: affine(im, (1, 0, 0, 0.3 * v, 1, 0), how),
+    "translate_x": lambda im, v, how: affine(im, (1, 0, 0.45 * v * im.width, 0, 1, 0), how),
+    "translate_y": lambda im, v, how: affine(im, (1, 0, 0, 0, 1, 0.45 * v * im.height), how)}
+
+
+def rand_augment(image, rng):
+    """Two operations of RAND_AUGMENT on a PIL image, each left out with 1/2.
+
+    Strength and sign are drawn anew for each: normal around 0.9 with deviation 0.05, at most 1.
+    Source: RandAugment, arXiv:1909.13719, Sec. 3, as timm does it under rand-m9-mstd0.5-inc1.
+    """
+    for name in rng.choices(list(RAND_AUGMENT), k=2):
+        if rng.random() < 0.5:
+            v = min(max(rng.gauss(0.9, 0.05), 0), 1) * rng.choice((-1, 1))
+            image = RAND_AUGMENT[name](image, v, rng.choice(RESAMPLING))
+    return image
+
+
+def random_erase(pixels, rng, probability=0.25):
+    """Overwrite a random rectangle of `pixels` uint8 (H, W, 3), in place, with noise.
+
+    It takes 2 to 33 % of the area. The noise is timm's mode "pixel", standard normal after
+    normalisation, brought back to pixel values, where 3 % of it is clipped.
+    Source: Random Erasing, arXiv:1708.04896, Algorithm 1.
+    """
+    if rng.random() >= probability:
+        return
+    region = random_region(*pixels.shape[:2], rng, (0.02, 1 / 3), (0.3, 1 / 0.3))
+    if region:
+        top, left, h, w = region
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(PIXEL_MEAN, PIXEL_STD, (h, w, 3))
+        pixels[top:top + h, left:left + w] = np.rint(noise).clip(0, 255)
+
+
+def augment_classes(image, size, rng):
+    """The training augmentation of the PoolFormer paper: PIL image to uint8 (size, size, 3).
+
+    Random part, flip with 1/2, RandAugment, erasing, all drawn from `rng` (random.Random).
+    Source: the training script of PoolFormer, arXiv:2111.11418, Sec. 4.1.
+    """
+    top, left, h, w = crop_region(image.height, image.width, rng)
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), rng.choice(RESAMPLING))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.array(rand_augment(image, rng))
+    random_erase(pixels, rng)
+    return pixels
+
+
+def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
+    """Mixup or CutMix of neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
+
+    images uint8 (B, 3, H, W), labels (B,) int64, on any device; rng: random.Random, which draws one
+    share for the whole batch; mixup, cutmix: parameters of the beta distributions, 0 leaves that
+    one out. Returns images uint8 and targets float32 (B, K), rows with sum 1. With an rng seeded by
+    the step alone, a step is mixed the same however it is split over processes and parts. Raises
+    ValueError for an odd number of images.
+    Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix, arXiv:1905.04899, Sec. 3.1; one or the other
+    with 1/2, as in timm.
+    """
+    targets = F.one_hot(labels, num_classes).float()
+    if not mixup and not cutmix:
+        return images, targets
+    if len(images) % 2:
+        raise ValueError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
+                         f"one part of a step: make --batch_size / (processes x --accumulate) "
+                         f"even, or give --mixup 0 --cutmix 0")
+
+    def neighbours(x):
+        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    cut = cutmix and (not mixup or rng.random() < 0.5)
+    alpha = cutmix if cut else mixup
+    share = rng.betavariate(alpha, alpha)                            # of the image itself
+    if cut:
+        H, W = images.shape[-2:]
+        side = math.sqrt(1 - share) / 2
+        (top, bottom), (left, right) = (
+            (max(0, center - int(n * side)), min(n, center + int(n * side)))
+            for n, center in ((H, rng.randrange(H)), (W, rng.randrange(W))))
+        share = 1 - (bottom - top) * (right - left) / (H * W)        # the border cuts boxes down
+        other, images = neighbours(images), images.clone()
+        images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    else:
+        images = torch.lerp(neighbours(images).float(), images.float(), share).round().byte()
+    return images, torch.lerp(neighbours(targets), targets, share)
+
+
+# -- data sets -----------------------------------------------------------------------------------
+
+class ClassificationDataset(torch.utils.data.Dataset):
+    """Images of one class each, all of image_size x image_size pixels.
+
+    A subclass fills classes (K names), labels (N,) int64, image_ids (N,), and says how image i is
+    read. augment: augment_classes, else center_crop.
+    """
+
+    def __init__(self, image_size, crop_fraction, augment, seed):
+        self.image_size, self.crop_fraction = image_size, crop_fraction
+        self.augment, self.seed, self.notes = augment, seed, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def size_of(self, epoch, i):
+        """(height, width) of image i, the same for all."""
+        return self.image_size, self.image_size
+
+    def __getitem__(self, key):
+        """Image uint8 (3, S, S) and target; key is an index or (epoch, index)."""
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        image = self.read(i)
+        if self.augment:
+            rng = random.Random(f"{self.seed} {epoch} {i}")
+            pixels = augment_classes(image, self.image_size, rng)
+        else:
+            pixels = np.array(center_crop(image, self.image_size, self.crop_fraction))
+        target = {"labels": torch.tensor(self.labels[i:i + 1]), "index": i}
+        return torch.from_numpy(pixels).permute(2, 0, 1), target
+
+    def keep(self, n, repeat=1):
+        """Keep only n images, of every class in turn, each of them `repeat` times."""
+        if len(self) < n:
+            raise ValueError(f"--overfit {n}: there are only {len(self)} images")
+        order = np.argsort(self.labels, kind="stable")               # by class
+        labels = self.labels[order]
+        turn = np.arange(len(self)) - np.searchsorted(labels, labels)            # within its class
+        rows = np.tile(order[np.argsort(turn, kind="stable")][:n], repeat)
+        self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
+        return self
+
+
+class ImageFolder(ClassificationDataset):
+    """The images in root/split/<class>/ and in folders below it.
+
+    classes: names in the order wanted for the labels (those of the training set or of a
+    checkpoint), None: the names of the folders, sorted. Raises FileNotFoundError, and ValueError
+    for a folder without class folders, with one class only, with other classes than given, or,
+    where none are given, with an empty one. image_ids are paths below root/split, as bytes.
+    """
+
+    def __init__(self, root, split, image_size=224, crop_fraction=0.9, augment=False, seed=42,
+                 classes=None):
+        super().__init__(image_size, crop_fraction, augment, seed)
+        self.folder = os.path.join(root, split)
+        if not os.path.isdir(self.folder):
+            raise FileNotFoundError(f"{self.folder} not found: {root} should hold the images as "
+                                    f"train/<class>/*.jpg and val/<class>/*.jpg")
+        found = [name for name in sorted(os.listdir(self.folder))
+                 if name[0] != "." and os.path.isdir(os.path.join(self.folder, name))]
+        self._check_classes(found, classes)
+        self.classes = found if classes is None else list(classes)
+        files, others = zip(*map(self._find_images, self.classes))
+        empty = [name for name, paths in zip(self.classes, files) if not paths]
+        if len(empty) == len(files) or empty and classes is None:
+            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
+                             f"names should end in {' '.join(IMAGE_SUFFIXES)}")
+        self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
+        self.image_ids = np.array([os.fsencode(path) for paths in files for path in paths])
+        others = sum(others) + len(os.listdir(self.folder)) - len(found)
+        if empty:
+            self.notes.append(f"note     {self.folder} has no images of {empty[:20]}")
+        if others:
+            self.notes.append(f"note     {self.folder}: {others} hidden files or other things that "
+                              f"are no images in a class folder, not read")
+
+    def _check_classes(self, found, classes):
+        """Raises ValueError unless the class folders `found` are `classes`, or two where None."""
+        layout = f"the images of a class belong into {os.path.join(self.folder, '<class>')}/"
+        if not found:
+            raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
+                             f"ImageNet's validation images come, nothing says what they show")
+        odd = [show(name) for name in found if not is_text(name)]
+        if odd:
+            raise ValueError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
+                             f"one line of text in UTF-8, rename them")
+        if classes is None and len(found) < 2:
+            raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
+                             f"a classifier needs two classes or more")
+        known = found if classes is None else classes
+        missing, extra = sorted(set(known) - set(found)), sorted(set(found) - set(known))
+        if missing or extra:
+            raise ValueError(
+                f"{self.folder} has other classes than the training set or the checkpoint: "
+                f"{len(missing)} missing {missing[:20]}, {len(extra)} unknown {extra[:20]}; "
+                f"{layout}, which may be empty")
+
+    def _find_images(self, name):
+        """Sorted paths of the images of one class, and the number of other files there."""
+        def unreadable(error):
+            raise error
+        paths, others = [], 0
+        for place, folders, names in os.walk(os.path.join(self.folder, name), followlinks=True,
+                                             onerror=unreadable):
+            folders[:] = [f for f in folders if f[0] != "."]         # the rest is not walked
+            images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
+            paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]
+            others += len(names) - len(images)
+        return sorted(paths), others
+
+    def path(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.image_ids[i]))
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        return read_image(self.path(i))
+
+
+class ShapesClassification(ClassificationDataset):
+    """Generated images of one shape, filled or in outline: six classes, nothing to download.
+
+    split: "train" or "val", which differ in every image; n: how many images; image_size: their
+    side. The shape is bright, 1/3 to 4/5 of the side, on dark ground as that of ShapesDataset.
+    Image i is a pure function of (split, i, image_size); it is drawn when it is asked for.
+    """
+
+    def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42):
+        super().__init__(image_size, 1.0, augment, seed)
+        self.split = split
+        shapes = "rectangle", "ellipse", "triangle"
+        self.classes = [*shapes, *(f"{shape} outline" for shape in shapes)]
+        self.image_ids = np.arange(n)
+        self.labels = self.image_ids % 6
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        label, side = int(self.labels[i]), self.image_size
+        rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
+        ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
+        color = tuple(rng.randint(160, 255) for _ in range(3))
+        w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
+        box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
+        image = draw_ground(rng, ground, side)
+        paint = dict(fill=color) if label < 3 else dict(outline=color, width=max(1, side // 32))
+        draw_shape(image, rng, label % 3, box, **paint)
+        return image
+
+
+@dataclass(frozen=True)
+class ClassLossConfig:
+    """What is done to the targets of a classifier; the defaults are PoolFormer's recipe."""
+    smoothing: Annotated[float, "share of a target that is spread evenly over the classes"] = 0.1
+    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none"] = 0.8
+    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none"] = 1.0
+
+    def __post_init__(self):
+        for field in ("smoothing", "mixup", "cutmix"):
+            if not 0 <= getattr(self, field) < (1 if field == "smoothing" else float("inf")):
+                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or more, --smoothing "
+                                 f"below 1")
+
+
+def classification_loss(logits, targets, smoothing=0.0, counts=None):
+    """The loss of a batch of a classifier: "loss", and "class_error" in percent, 0-dim tensors.
+
+    logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as mix() gives
+    them. smoothing: the share of every target that is spread evenly over all K classes. counts:
+    loss_counts of the whole step per rank, None: of this batch. class_error is the share of images
+    whose best class is not the target's largest. Computed in float32.
+    Source: label smoothing, arXiv:1512.00567, Sec. 7.
+    """
+    images = len(logits) if counts is None else counts[2].item()
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+    labels = targets if targets.dim() == 1 else targets.argmax(1)
+    wrong = (logits.argmax(1) != labels).float()
+    return {"loss": loss / images, "class_error": 100 * wrong.mean()}
+
+
+def class_rows(logits, targets, dataset):
+    """What a classifier takes the images of a batch for: float64 (n, 5) of image index, class,
+    probability, true class, and how many classes stand before the true one. Of equal ones the
+    first stands first. Raises ValueError if a logit is not finite."""
+    labels, index = torch.cat([t["labels"] for t in targets]), [t["index"] for t in targets]
+    logits, index = logits.float().cpu(), torch.tensor(index)
+    bad = index[~logits.isfinite().all(1)].tolist()
+    if bad:
+        raise ValueError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
+                         f"finite")
+    order = logits.argsort(dim=1, descending=True, stable=True)                     # (B, K)
+    place = (order == labels[:, None]).int().argmax(1)
+    best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
+    return torch.stack([index, order[:, 0], best.double(), labels, place], 1)
+
+
+def class_accuracy(rows, dataset):
+    """Accuracies of classify()'s rows, in [0, 1].
+
+    "stats" (3,): top-1, top-5, and top-1 as the mean over the classes that have images;
+    "accuracy" (K,), nan without images; "images" (K,), how many; "rows" and "classes".
+    """
+    label, place = rows[:, 3].long().numpy(), rows[:, 4].numpy()
+    images = np.bincount(label, minlength=len(dataset.classes))
+    hits = np.bincount(label, place == 0, len(images))
+    accuracy = np.where(images > 0, hits / np.maximum(images, 1), np.nan)
+    stats = np.array([(place == 0).mean(), (place < 5).mean(), np.nanmean(accuracy)])
+    return dict(stats=stats, accuracy=accuracy, images=images, rows=rows, classes=dataset.classes)
+
+
+def accuracy_table(result):
+    """A classifier's accuracies, and those of the classes, the best first, as lines."""
+    top1, top5, mean = result["stats"]
+    rows = sorted(zip(-result["accuracy"], result["classes"], result["images"].tolist()),
+                  key=lambda row: (not row[2], row))
+    width = max([5] + [len(name) for _, name, _ in rows])
+    lines = [f"top-1 {top1:.4f}   top-5 {top5:.4f}   mean over classes {mean:.4f}",
+             "", f"{'class':{width}s}  top-1   images"]
+    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" if n else f"{name:{width}s}      -        0"
+              for x, name, n in rows]
+    return "\n".join(lines)
