@@ -27,7 +27,8 @@ from classification import (ImageFolder, ShapesClassification, accuracy_table, c
                             class_rows)
 from data import (COCO_CLASSES, CocoDataset, EvalSampler, ShapesDataset, coco_paths, collate,
                   cxcywh_to_xyxy, to_device)
-from model import ModelConfig, build_model, load_weights, read_checkpoint
+from checkpoint import load_weights, read_checkpoint
+from model import ModelConfig, build_model
 
 
 # -- from the network's outputs to detections ----------------------------------------------------

@@ -10,11 +10,7 @@ Papers: DETR, arXiv:2005.12872; ResNet, arXiv:1512.03385; MetaFormer, arXiv:2111
 arXiv:2210.13452; MLP-Mixer, arXiv:2105.01601; attention and sine positions, arXiv:1706.03762.
 """
 
-import argparse
 import math
-import os
-import pickle
-import urllib.error
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -25,6 +21,7 @@ import torch.nn.functional as F
 from mixers import MIXERS, AttentionMixer, dropout
 from resnet import NORMS, RESNETS, Normalise, ResNet
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
+from checkpoint import load_weights
 
 
 @dataclass(frozen=True)
@@ -337,178 +334,3 @@ def build_model(config, **overrides):
         config = MODELS[config]
     config = replace(config, **overrides)
     return MetaFormer(config) if isinstance(config, MetaFormerConfig) else DETR(config)
-
-
-# -- weights -------------------------------------------------------------------------------------
-
-def read_checkpoint(path):
-    """What a checkpoint file, or an http(s) URL of one, holds; only plain data is unpickled.
-
-    Raises FileNotFoundError, and ValueError for what is no such file or cannot be fetched.
-    """
-    path = str(path)
-    try:                                          # official training checkpoints keep their args
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if path.startswith(("http://", "https://")):
-                print(f"weights: {path}, kept in {torch.hub.get_dir()}/checkpoints")
-                return torch.hub.load_state_dict_from_url(
-                    path, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {path} not found") from None
-    except urllib.error.URLError as error:
-        raise ValueError(f"{path} cannot be fetched ({error.reason}): download it elsewhere and "
-                         f"give the file's path") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or a damaged one "
-                         f"({str(error).splitlines()[0] if str(error) else error!r})") from None
-
-
-def our_names(state):
-    """A MetaFormer's state dict with official names and shapes, in ours; ours stays as it is.
-
-    Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
-    positions; of the baselines; and of DeiT. Not those of Google's ViT and MLP-Mixer: they expect
-    other pixel means than ImageNet's.
-    """
-    places = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
-    stage = 0
-    for i in sorted({int(key.split(".")[1]) for key in state if key.startswith("network.")}):
-        if f"network.{i}.proj.weight" in state:
-            stage += 1
-            places[f"network.{i}.proj."] = f"downsample_layers.{stage}.conv."
-        elif f"network.{i}.pos_embed" in state:
-            places[f"network.{i}."] = ""
-        else:
-            places[f"network.{i}."] = f"stages.{stage}."
-    places |= {".attn.": ".token_mixer.", "token_mixer.qkv.": "token_mixer.in_proj_",
-               "token_mixer.proj.": "token_mixer.out_proj.", "token_mixer.fc.": "token_mixer.",
-               "random_matrix": "weight", "res_scale1.scale": "res_scale_1",
-               "res_scale2.scale": "res_scale_2"}
-    renamed = {}
-    for key, v in state.items():
-        for theirs, our in places.items():
-            key = key.replace(theirs, our)
-        if ".mlp.fc" in key and v.dim() == 4:                       # a 1 x 1 convolution
-            v = v.flatten(1)
-        elif key == "pos_embed" and v.dim() == 4:                   # (1, C, H, W)
-            v = v.flatten(2).transpose(1, 2)
-        elif key.endswith("token_mixer.weight") and v.dim() == 2:   # (N, N), N = side * side
-            side = math.isqrt(len(v))
-            v = v.view(side, side, side, side)
-        renamed[key] = v
-    return renamed
-
-
-def check_same_blocks(name, config, cfg, strict):
-    """Raises ValueError where a MetaFormer checkpoint's config, a dict, differs from cfg in what
-    its tensors do not show. Not strict: the mixers may differ."""
-    if "depths" not in config:
-        return
-    def looks(c):
-        look = {f: getattr(c, f) for f in ("family", "norm", "activation", "residual", "head_size")}
-        mixers = ",".join(mixer for *_, mixer in c.stages)
-        return {**look, "mixers": mixers, "pool_size": c.pool_size} if strict else look
-    theirs, ours = looks(MetaFormerConfig(**config)), looks(cfg)
-    differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
-              for f in ours if theirs[f] != ours[f]]
-    if differ:
-        raise ValueError(f"{name} is of another model: {', '.join(differ)}")
-
-
-def load_weights(model, source, strict=True):
-    """Copy the tensors of a checkpoint into `model`; every one is accounted for.
-
-    source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
-    PoolFormer, MetaFormer-baselines or DeiT file (all go into the whole model), or a classifier for
-    a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one. Returns
-    one line for each tensor that was not taken from or not found in the file. Raises ValueError
-    that names all tensors that do not fit. strict=False, for fine-tuning, lets two things differ
-    and leaves them as initialised: the class head, and the mixers.
-    """
-    from_file = isinstance(source, (str, os.PathLike))
-    state = read_checkpoint(source) if from_file else source
-    name = str(source) if from_file else "the state dict"
-    config = state.get("model_config", {}) if isinstance(state, dict) else {}
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is "
-                         f"expected")
-    target = model
-    if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
-        target = model.backbone[0].body                             # from a classifier
-    if isinstance(target, MetaFormer):
-        state = our_names(state)
-        check_same_blocks(name, config, target.cfg, strict)
-    left_out = new = ()
-    if target is not model or getattr(model.cfg, "maps", ""):       # maps, no classifier
-        left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
-        if isinstance(target, MetaFormer) and len(target.stages) < 4:
-            left_out += ("pos_embed", *(f"{part}.{k}." for k in range(len(target.stages), 4)
-                                        for part in ("stages", "downsample_layers")))
-    own, report, faults = target.state_dict(), [], []
-    for key in sorted(own.keys() | state.keys()):
-        if key in own and key in state and own[key].shape == state[key].shape:
-            continue
-        if key not in own:
-            line = f"{key} {tuple(state[key].shape)}: not in the model, left out"
-        elif key not in state:
-            line = f"{key} {tuple(own[key].shape)}: not in the file, newly initialised"
-        else:
-            line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
-                    f"model, newly initialised")
-        by_design = (key.endswith("num_batches_tracked")
-                     or key not in own and key.startswith(left_out)
-                     or key not in state and key.startswith(new))
-        may_differ = not strict and (key.startswith(("class_embed.", "head."))
-                                     or ".self_attn." in key or ".token_mixer." in key)
-        (report if by_design or may_differ else faults).append(line)
-    if faults:
-        raise ValueError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
-                         f"file of another model, mixer or number of classes?\n"
-                         + "\n".join(faults[:20])
-                         + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
-    taken = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    target.load_state_dict({**own, **taken})
-    return report
-
-
-def published_url(name):
-    """Where ImageNet weights of a ResNet or MetaFormer are published; "" if they are not."""
-    if name in RESNETS:
-        return RESNETS[name][3] and f"https://download.pytorch.org/models/{RESNETS[name][3]}"
-    family, _, ablation = name.partition("_s12_")
-    if METAFORMERS[name].family == "baselines":
-        family = name.split("_")[0]
-        return f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth"
-    if name == "metaformer_tiny":
-        return ""
-    file = {"identity": "metaformer_id_s12", "pppa": "metaformer_pppa_s12_224",
-            "ppaa": "metaformer_ppaa_s12_224", "pppf": "metaformer_pppf_s12_224",
-            "ppff": "metaformer_ppff_s12_224", "": name}.get(ablation)
-    return file and f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{file}.pth.tar"
-
-
-def load_backbone(model, weights):
-    """ImageNet weights for the backbone: "imagenet" fetches the published file, else a path or URL.
-
-    Returns load_weights' report; raises ValueError if the file cannot be had.
-    """
-    if weights != "imagenet":
-        return load_weights(model, weights)
-    url = published_url(model.cfg.backbone)
-    if not url:
-        raise ValueError(f"no ImageNet weights are published for {model.cfg.backbone}: use "
-                         f"--backbone_weights none")
-    file, folder = os.path.basename(url), os.path.join(torch.hub.get_dir(), "checkpoints")
-    try:
-        if not os.path.exists(os.path.join(folder, file)):
-            print(f"backbone weights: fetching {file} to {folder}")
-        state = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:                        # URLError is an OSError
-        raise ValueError(f"the published {file} cannot be fetched ({error}): put it into {folder}, "
-                         f"or give --backbone_weights FILE, or none to train from "
-                         f"scratch") from None
-    return load_weights(model, state)

@@ -70,8 +70,8 @@ from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesCl
 from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSampler, apply_plan,
                   box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, overlap, plan_training,
                   sort_by_shape, xyxy_to_cxcywh)
-from model import (Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model,
-                   load_backbone, load_weights, our_names)
+from checkpoint import load_backbone, load_weights, our_names
+from model import Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model
 from matcher import match
 from losses import LossConfig, loss_counts, set_loss
 

@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -42,7 +41,9 @@ from classification import (ClassLossConfig, ImageFolder, ShapesClassification, 
                             mix)
 from data import (CocoDataset, EvalSampler, ShapesDataset, TrainSampler, coco_paths, collate,
                   cxcywh_to_xyxy, to_device)
-from model import MODELS, ModelConfig, build_model, load_backbone, load_weights, read_checkpoint
+from checkpoint import (check_output_dir, cut_log, find_resume, load_backbone, load_weights,
+                        read_checkpoint, read_run, save_checkpoint)
+from model import MODELS, ModelConfig, build_model
 from losses import LossConfig, loss_counts, set_loss
 from evaluate import evaluate
 
@@ -378,118 +379,6 @@ def lr_factor(cfg, step, steps_per_epoch):
     least = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
     cosine = 0.5 * (1 + math.cos(math.pi * step / (cfg.epochs * steps_per_epoch)))
     return warmup * (least + (1 - least) * cosine)
-
-
-# -- checkpoints ---------------------------------------------------------------------------------
-
-# options that may change from one start to the next without changing what is computed
-FREE = {"resume", "output_dir", "num_workers", "log_every", "save_minutes", "device"}
-
-
-def check_output_dir(out, model):
-    """Raises OSError before training if the folder cannot hold what the run is to write there."""
-    try:
-        os.makedirs(out, exist_ok=True)
-        with open(out + "ckpt.pt.tmp", "wb"):
-            os.remove(out + "ckpt.pt.tmp")
-    except OSError as error:
-        raise OSError(f"--output_dir {out} cannot be written ({error}): give another") from None
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
-    there = [out + name for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
-    room = shutil.disk_usage(out).free + sum(os.path.getsize(f) for f in there if os.path.exists(f))
-    if room < 4 * size:                            # those three, and the next one being written
-        raise OSError(f"{out} has room for {room / 1e6:.0f} MB, the checkpoints need "
-                      f"{4 * size / 1e6:.0f} MB: make room, or give another --output_dir")
-
-
-def save_checkpoint(path, state, keep_previous=True):
-    """Written whole or not at all; the file before it stays as *_prev.pt if asked for.
-
-    Raises OSError, with what was there before intact.
-    """
-    try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())                # before a name leads to it
-        if keep_previous and os.path.exists(path):
-            shutil.copyfile(path, path + ".tmp2")
-            os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:       # torch's writer raises RuntimeError
-        for name in (path + ".tmp", path + ".tmp2"):
-            if os.path.exists(name):
-                os.remove(name)
-        free = shutil.disk_usage(os.path.dirname(path) or ".").free
-        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}; {free / 1e6:.0f} "
-                      f"MB free): the file before it is intact, make room and give the same "
-                      f"command again") from None
-
-
-def read_run(path):
-    """The state of a checkpoint of train.py. Raises ValueError for anything else."""
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
-        raise ValueError(f"{path} is no checkpoint of train.py to go on from; to start from other "
-                         f"weights use --finetune")
-    return state
-
-
-def find_resume(cfg, configs):
-    """The state to go on from, or None.
-
-    It is that of --output_dir if its options are these, else that of --resume, whose options may
-    differ ("changed" lists them). A "damaged" or lost checkpoint in --output_dir gives way to the
-    one before it. Raises ValueError rather than write over another run.
-    """
-    path, previous = (os.path.join(cfg.output_dir, f) for f in ("ckpt.pt", "ckpt_prev.pt"))
-    own, notes = os.path.exists(path) or os.path.exists(previous), []
-    if not own and not cfg.resume:
-        return None
-    asked = cfg.resume and os.path.realpath(cfg.resume)
-    if own and asked and os.path.realpath(path) != asked and (
-            os.path.dirname(asked) == os.path.realpath(cfg.output_dir)):
-        raise ValueError(f"--resume {cfg.resume} would write over the run in {path}: give "
-                         f"another --output_dir to go on from it there")
-    try:
-        state = read_run(path if own else cfg.resume)
-    except (ValueError, FileNotFoundError) as error:
-        if not own:
-            raise
-        if not os.path.exists(previous):
-            raise ValueError(f"{error}, and there is no {previous}: remove it to start anew, or "
-                             f"give another --output_dir") from None
-        state, notes = read_run(previous), [f"{error}: going on from {previous}"]
-    changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
-               for k, v in config.items() if k not in FREE and state[name].get(k, v) != v]
-    if changed and own and os.path.realpath(path) != asked:
-        raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
-                         f"another --output_dir for a new run, or --resume {path} to go on with "
-                         f"the new options")
-    if any(c[2:].split()[0] in state["model_config"] for c in changed):
-        raise ValueError(f"--resume {cfg.resume} is of another model ({', '.join(changed)}); "
-                         f"--finetune takes over what fits")
-    return {**state, "changed": notes + changed, "damaged": bool(notes)}
-
-
-def cut_log(path, epoch, step):
-    """A log goes on where the checkpoint does: drops records of steps that will be done again, and
-    a line that was cut off."""
-    if not os.path.exists(path):
-        return
-    kept = []
-    with open(path) as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue
-    with open(path + ".tmp", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
 
 
 # -- logs and pictures ---------------------------------------------------------------------------
