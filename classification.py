@@ -17,6 +17,8 @@ from PIL import Image, ImageEnhance, ImageOps
 import torch
 import torch.nn.functional as F
 
+from coco_eval import UserError, UserFileError
+from options import check_options
 from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
                     read_image, resized)
 from check_data import is_text, show
@@ -138,7 +140,7 @@ def augment_classes(image, size, rng):
     return pixels
 
 
-def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
+def mixup_or_cutmix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
     """Mixup or CutMix of neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
 
     images uint8 (B, 3, H, W), labels (B,) int64, on any device; rng: random.Random, which draws one
@@ -153,9 +155,9 @@ def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
     if not mixup and not cutmix:
         return images, targets
     if len(images) % 2:
-        raise ValueError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
-                         f"one part of a step: make --batch_size / (processes x --accumulate) "
-                         f"even, or give --mixup 0 --cutmix 0")
+        raise UserError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
+                        f"one part of a step: make --batch_size / (processes x --accumulate) "
+                        f"even, or give --mixup 0 --cutmix 0")
 
     def neighbours(x):
         return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -208,14 +210,14 @@ class ClassificationDataset(torch.utils.data.Dataset):
         target = {"labels": torch.tensor(self.labels[i:i + 1]), "index": i}
         return torch.from_numpy(pixels).permute(2, 0, 1), target
 
-    def keep(self, n, repeat=1):
-        """Keep only n images, of every class in turn, each of them `repeat` times."""
+    def keep(self, n):
+        """Keep only n images, of every class in turn."""
         if len(self) < n:
-            raise ValueError(f"--overfit {n}: there are only {len(self)} images")
+            raise UserError(f"--overfit {n}: there are only {len(self)} images")
         order = np.argsort(self.labels, kind="stable")               # by class
         labels = self.labels[order]
         turn = np.arange(len(self)) - np.searchsorted(labels, labels)            # within its class
-        rows = np.tile(order[np.argsort(turn, kind="stable")][:n], repeat)
+        rows = order[np.argsort(turn, kind="stable")][:n]
         self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
         return self
 
@@ -234,8 +236,8 @@ class ImageFolder(ClassificationDataset):
         super().__init__(image_size, crop_fraction, augment, seed)
         self.folder = os.path.join(root, split)
         if not os.path.isdir(self.folder):
-            raise FileNotFoundError(f"{self.folder} not found: {root} should hold the images as "
-                                    f"train/<class>/*.jpg and val/<class>/*.jpg")
+            raise UserFileError(f"{self.folder} not found: {root} should hold the images as "
+                                f"train/<class>/*.jpg and val/<class>/*.jpg")
         found = [name for name in sorted(os.listdir(self.folder))
                  if name[0] != "." and os.path.isdir(os.path.join(self.folder, name))]
         self._check_classes(found, classes)
@@ -243,8 +245,8 @@ class ImageFolder(ClassificationDataset):
         files, others = zip(*map(self._find_images, self.classes))
         empty = [name for name, paths in zip(self.classes, files) if not paths]
         if len(empty) == len(files) or empty and classes is None:
-            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
-                             f"names should end in {' '.join(IMAGE_SUFFIXES)}")
+            raise UserError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
+                            f"names should end in {' '.join(IMAGE_SUFFIXES)}")
         self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
         self.image_ids = np.array([os.fsencode(path) for paths in files for path in paths])
         others = sum(others) + len(os.listdir(self.folder)) - len(found)
@@ -258,19 +260,19 @@ class ImageFolder(ClassificationDataset):
         """Raises ValueError unless the class folders `found` are `classes`, or two where None."""
         layout = f"the images of a class belong into {os.path.join(self.folder, '<class>')}/"
         if not found:
-            raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
-                             f"ImageNet's validation images come, nothing says what they show")
+            raise UserError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
+                            f"ImageNet's validation images come, nothing says what they show")
         odd = [show(name) for name in found if not is_text(name)]
         if odd:
-            raise ValueError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
-                             f"one line of text in UTF-8, rename them")
+            raise UserError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
+                            f"one line of text in UTF-8, rename them")
         if classes is None and len(found) < 2:
-            raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
-                             f"a classifier needs two classes or more")
+            raise UserError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
+                            f"a classifier needs two classes or more")
         known = found if classes is None else classes
         missing, extra = sorted(set(known) - set(found)), sorted(set(found) - set(known))
         if missing or extra:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has other classes than the training set or the checkpoint: "
                 f"{len(missing)} missing {missing[:20]}, {len(extra)} unknown {extra[:20]}; "
                 f"{layout}, which may be empty")
@@ -328,32 +330,41 @@ class ShapesClassification(ClassificationDataset):
 
 @dataclass(frozen=True)
 class ClassLossConfig:
-    """What is done to the targets of a classifier; the defaults are PoolFormer's recipe."""
-    smoothing: Annotated[float, "share of a target that is spread evenly over the classes"] = 0.1
-    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none"] = 0.8
-    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none"] = 1.0
+    """Changes to the targets of a classifier; the defaults are PoolFormer's recipe."""
+    smoothing: Annotated[float, "share of a target spread evenly over the classes", 0] = 0.1
+    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none", 0] = 0.8
+    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none", 0] = 1.0
 
     def __post_init__(self):
-        for field in ("smoothing", "mixup", "cutmix"):
-            if not 0 <= getattr(self, field) < (1 if field == "smoothing" else float("inf")):
-                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or more, --smoothing "
-                                 f"below 1")
+        check_options(self)
+        if self.smoothing >= 1:
+            raise UserError(f"--smoothing {self.smoothing} must be below 1")
 
 
-def classification_loss(logits, targets, smoothing=0.0, counts=None):
+def classification_loss(logits, targets, smoothing=0.0, normalizers=None):
     """The loss of a batch of a classifier: "loss", and "class_error" in percent, 0-dim tensors.
 
     logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as mix() gives
-    them. smoothing: the share of every target that is spread evenly over all K classes. counts:
-    loss_counts of the whole step per rank, None: of this batch. class_error is the share of images
+    them. smoothing: the share of every target that is spread evenly over all K classes.
+    normalizers: loss_normalizers of the whole step per process, None: of this batch. class_error is the share of images
     whose best class is not the target's largest. Computed in float32.
     Source: label smoothing, arXiv:1512.00567, Sec. 7.
     """
-    images = len(logits) if counts is None else counts[2].item()
+    images = len(logits) if normalizers is None else normalizers[2].item()
     loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     wrong = (logits.argmax(1) != labels).float()
     return {"loss": loss / images, "class_error": 100 * wrong.mean()}
+
+
+def classification_losses(run, images, valid, targets, normalizers, global_step):
+    """The losses of a micro-batch; the number of the step alone says how images are mixed."""
+    labels = torch.cat([t["labels"] for t in targets]).to(images.device)
+    rng = random.Random(f"{run.cfg.seed} {global_step}")
+    images, shares = mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng,
+                                     run.loss_cfg.mixup, run.loss_cfg.cutmix)
+    return classification_loss(run.model(images, valid), shares, run.loss_cfg.smoothing,
+                               normalizers)
 
 
 def class_rows(logits, targets, dataset):
@@ -364,8 +375,8 @@ def class_rows(logits, targets, dataset):
     logits, index = logits.float().cpu(), torch.tensor(index)
     bad = index[~logits.isfinite().all(1)].tolist()
     if bad:
-        raise ValueError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
-                         f"finite")
+        raise UserError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
+                        f"finite")
     order = logits.argsort(dim=1, descending=True, stable=True)                     # (B, K)
     place = (order == labels[:, None]).int().argmax(1)
     best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
@@ -397,3 +408,11 @@ def accuracy_table(result):
     lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" if n else f"{name:{width}s}      -        0"
               for x, name, n in rows]
     return "\n".join(lines)
+
+
+def accuracy_json(result):
+    """class_accuracy's dict for json.dump: the numbers by name, by class (null: no images)."""
+    rows = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
+    return {**dict(zip(("top1", "top5", "mean_over_classes"), result["stats"].tolist())),
+            "per_class": [{"name": name, "images": n, "top1": accuracy if n else None}
+                          for name, n, accuracy in rows]}

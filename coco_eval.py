@@ -17,6 +17,18 @@ import numpy as np
 
 # -- COCO evaluation -----------------------------------------------------------------------------
 
+class UserError(ValueError):
+    """A sentence for whoever gave the input, printed as one line; every other exception is a bug
+    and keeps its traceback. (Here, because this file imports no other.)"""
+
+    def __str__(self):                      # a DataLoader puts its worker's traceback before it
+        return super().__str__().split(f"{type(self).__name__}: ")[-1].strip()
+
+
+class UserFileError(UserError, FileNotFoundError):
+    """The same about a file that is not there, or cannot be read or written."""
+
+
 IOU_THRS = np.linspace(0.5, 0.95, 10)
 REC_THRS = np.linspace(0, 1, 101)
 MAX_DETS = (1, 10, 100)                                         # per image and class
@@ -281,17 +293,17 @@ def mask_edges(segmentation, h, w):
     """
     if isinstance(segmentation, list):
         if not segmentation:
-            raise ValueError("an empty list of polygons")
+            raise UserError("an empty list of polygons")
         return unite([polygon_edges(ring, h, w) for ring in segmentation])
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise ValueError("neither a list of polygons nor a dict of 'size' and 'counts'")
+        raise UserError("neither a list of polygons nor a dict of 'size' and 'counts'")
     counts = segmentation["counts"]
     counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
     if list(segmentation["size"]) != [h, w]:
-        raise ValueError(f"size {segmentation['size']} in an image of {[h, w]}, height and width")
+        raise UserError(f"size {segmentation['size']} in an image of {[h, w]}, height and width")
     if counts.dtype.kind != "i" or counts.ndim != 1 or counts.sum() != h * w \
             or counts.min() < 0 or counts.max() > h * w:
-        raise ValueError(f"counts that are no runs of {h} x {w} = {h * w} pixels")
+        raise UserError(f"counts that are no runs of {h} x {w} = {h * w} pixels")
     return np.cumsum(counts)[:len(counts) // 2 * 2]             # the first run is background
 
 
@@ -300,11 +312,11 @@ def unpack_counts(text):
     x = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(int) - 48
     last = (x & 32) == 0                                        # of its number
     if not len(x) or (x < 0).any() or (x > 63).any() or not last[-1]:
-        raise ValueError("compressed counts that are cut short or not of this code")
+        raise UserError("compressed counts that are cut short or not of this code")
     number = np.cumsum(last) - last                             # which number a character is of
     place = count_before(number)
     if place.max() > 10:
-        raise ValueError("compressed counts with a number beyond all images")
+        raise UserError("compressed counts with a number beyond all images")
     sign = np.where(last & (x & 16 > 0), -32 << 5 * place, 0)   # two's complement
     values = np.zeros(number[-1] + 1, np.int64)
     np.add.at(values, number, ((x & 31) << 5 * place) + sign)
@@ -321,14 +333,14 @@ def polygon_edges(ring, h, w):
     """
     ring = np.array(ring)
     if ring.dtype.kind not in "iuf" or ring.ndim != 1 or len(ring) < 6 or len(ring) % 2:
-        raise ValueError("a polygon that is not x, y of three points or more")
+        raise UserError("a polygon that is not x, y of three points or more")
     if not (np.abs(ring) < 1e6).all():
-        raise ValueError("a polygon with a coordinate beyond a million pixels")
+        raise UserError("a polygon with a coordinate beyond a million pixels")
     x, y = np.trunc(5.0 * ring + 0.5).astype(np.int64).reshape(-1, 2).T
     x1, y1 = np.roll(x, -1), np.roll(y, -1)
     length = np.maximum(np.abs(x1 - x), np.abs(y1 - y))         # steps, along the longer axis
     if length.sum() > 2**22:                                    # bounds the memory
-        raise ValueError("a polygon with an outline of more than 800,000 pixels")
+        raise UserError("a polygon with an outline of more than 800,000 pixels")
     steep = np.abs(x1 - x) < np.abs(y1 - y)
     back = np.where(steep, y > y1, x > x1)                      # always rounded walking upwards
     x, x1, y, y1 = (np.where(back, *p) for p in ((x1, x), (x, x1), (y1, y), (y, y1)))
@@ -399,11 +411,11 @@ def read_json(path, what):
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: it should hold {what}") from None
+        raise UserFileError(f"{path} not found: it should hold {what}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): it should hold {what}") from None
+        raise UserError(f"{path} is not valid JSON ({error}): it should hold {what}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): it should hold {what}") from None
+        raise UserError(f"{path} cannot be read ({error}): it should hold {what}") from None
     finally:
         if collects:
             gc.enable()
@@ -436,7 +448,7 @@ def read_numbers(records, what, field, *shape, default=None, strict=False):
         wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
         remedy = ("use --iou_type segm for masks" if field == "bbox" and "segmentation" in
                   records[i] and values[i] is None else "correct or drop it")
-        raise ValueError(f"{what} {i} should have {wanted} as its {field}, {remedy}: "
+        raise UserError(f"{what} {i} should have {wanted} as its {field}, {remedy}: "
                          f"{str(records[i])[:300]}")
     return x.astype(np.float64)
 
@@ -451,12 +463,12 @@ def read_masks(records, what, image, sizes):
         r, (h, w) = records[i], sizes[image[i]]
         try:
             if not (type(h) is type(w) is int and h > 0 and w > 0):
-                raise ValueError(f"an image of height {h!r} and width {w!r} in the ground truth")
+                raise UserError(f"an image of height {h!r} and width {w!r} in the ground truth")
             masks[i] = mask_edges(r.get("segmentation"), h, w)
         except (OverflowError, TypeError, ValueError) as error:
             remedy = ("correct or drop it" if "segmentation" in r or "bbox" not in r else
                       "use --iou_type bbox for boxes")
-            raise ValueError(f"{what} {i} should have polygons or a run-length code of its image's "
+            raise UserError(f"{what} {i} should have polygons or a run-length code of its image's "
                              f"size as its segmentation, it has {error}, {remedy}: "
                              f"{str(r)[:300]}") from None
         boxes[i] = mask_box(masks[i], h)
@@ -468,7 +480,7 @@ def id_index(gt, field):
     try:
         return {id_: i for i, id_ in enumerate(sorted({r["id"] for r in gt[field]}))}
     except (KeyError, TypeError):
-        raise ValueError(f"ground truth: {field!r} should list dicts that have an 'id', all int or "
+        raise UserError(f"ground truth: {field!r} should list dicts that have an 'id', all int or "
                          "all str; is this a COCO instances file?") from None
 
 
@@ -479,10 +491,10 @@ def subset(index, chosen, what, order=sorted):
     try:
         chosen = list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
     except TypeError:
-        raise ValueError(f"{what} {chosen!r} should be a list of ids") from None
+        raise UserError(f"{what} {chosen!r} should be a list of ids") from None
     unknown = [i for i in chosen if i not in index]
     if unknown:
-        raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe_ids(index)}")
+        raise UserError(f"{what} {unknown[:5]} chosen, the ground truth has {describe_ids(index)}")
     return {id_: i for i, id_ in enumerate(order(chosen))}
 
 
@@ -493,7 +505,7 @@ def look_up(records, what, field, index):
     except (AttributeError, KeyError, TypeError):
         i, r = next((i, r) for i, r in enumerate(records) if not isinstance(r, dict)
                     or not isinstance(r.get(field), (int, float, str)))
-        raise ValueError(f"{what} {i} should be a dict with an int or str as its {field}: "
+        raise UserError(f"{what} {i} should be a dict with an int or str as its {field}: "
                          f"{str(r)[:300]}") from None
 
 
@@ -512,7 +524,7 @@ def check_listed(dt, field, found, index):
     bad = [i for i in np.flatnonzero(found < 0).tolist() if dt[i][field] not in index]
     if bad:
         first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
-        raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
+        raise UserError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
                          f"value of {field} the ground truth does not list: {first}. They have "
                          f"{describe_ids(r[field] for r in dt)}; the ground truth has "
                          f"{describe_ids(index)}. Use the file they were made for and its ids")
@@ -630,19 +642,19 @@ def as_array(values):
 def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
     """Raises ValueError for what evaluate_columns cannot take."""
     if iou_type not in ("bbox", "segm"):
-        raise ValueError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
+        raise UserError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
     for name, values in (("iou_thrs", iou_thrs), ("rec_thrs", rec_thrs), ("max_dets", max_dets)):
         x = as_array(values)
         if x.ndim != 1 or not len(x) or x.dtype.kind not in "iuf" or not np.isfinite(x).all():
-            raise ValueError(f"{name} {values!r} should be a list of one number or more")
+            raise UserError(f"{name} {values!r} should be a list of one number or more")
         if name == "rec_thrs" and (np.diff(x) < 0).any():
-            raise ValueError(f"rec_thrs {values!r} should ascend")
+            raise UserError(f"rec_thrs {values!r} should ascend")
         if name == "max_dets" and (x.dtype.kind == "f" or x.min() < 1):
-            raise ValueError(f"max_dets {values!r} should be whole numbers of 1 or more")
+            raise UserError(f"max_dets {values!r} should be whole numbers of 1 or more")
     x = as_array(list(area_ranges.values()) if isinstance(area_ranges, dict) else [])
     if x.ndim != 2 or x.shape[1] != 2 or x.dtype.kind not in "iuf" or not (x[:, 0] <= x[:, 1]
                                                                            ).all():
-        raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
+        raise UserError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
                          f"name, as in {AREA_RANGES}")
 
 
@@ -667,10 +679,10 @@ def read_sides(gt, dt):
     if isinstance(dt, np.ndarray) and dt.ndim == 2 and dt.shape[1] == 7:    # so does pycocotools
         dt = [dict(image_id=i, bbox=box, score=s, category_id=k) for i, *box, s, k in dt.tolist()]
     if not isinstance(gt, dict) or not isinstance(gt.get("annotations") or [], list):
-        raise ValueError(f"{names[0]}s: the ground truth should be a COCO instances dict with a "
+        raise UserError(f"{names[0]}s: the ground truth should be a COCO instances dict with a "
                          f"list of annotations, not a {type(gt).__name__}; are the two swapped?")
     if not isinstance(dt, (list, tuple)):
-        raise ValueError(f"{names[1]}s: they should be a list of dicts, not a {type(dt).__name__}; "
+        raise UserError(f"{names[1]}s: they should be a list of dicts, not a {type(dt).__name__}; "
                          f"are the two swapped?")
     return gt, dt, names
 
@@ -735,3 +747,23 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     for field in ("AP", "AP50", "AR"):
         result[f"{field.lower()}_per_class"] = {r["name"]: r[field] for r in per_class(result)}
     return result
+
+
+def result_json(result):
+    """A result as a dict for json.dump: the numbers by name, by class (null: none), and all curves.
+
+    "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
+    "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
+    """
+    stats = {}
+    for (array, iou, area, cut), value in zip(
+            summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
+        name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
+        name += "" if area == "all" else "_" + area
+        stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
+    classes = [{name: None if value != value else value for name, value in row.items()}
+               for row in per_class(result)]
+    return {"stats": stats, "per_class": classes, "notes": result.get("notes", []),
+            **{name: result[name] for name in ("classes", "max_dets", "area_ranges", "strict")},
+            **{name: result[name].tolist()
+               for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}

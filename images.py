@@ -11,6 +11,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from coco_eval import UserError, UserFileError
+
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 
@@ -25,20 +27,20 @@ def read_image(path, size=None, note=""):
     """
     name = f"{path}{note}"
     if not os.path.isfile(path):                 # a named pipe, for one, would block
-        raise FileNotFoundError(f"{name} not found, or no file: is the image folder the right one?")
+        raise UserFileError(f"{name} not found, or no file: is the image folder the right one?")
     try:
         with Image.open(path) as raw:
             raw.load()                           # Image.open alone accepts a truncated file
             image = ImageOps.exif_transpose(raw)
     except Exception as error:                   # a broken file can make Pillow raise anything
-        raise ValueError(f"{name} cannot be read as an image "
-                         f"({str(error) or type(error).__name__}): replace it or remove it from "
-                         f"the data set") from None
+        raise UserError(f"{name} cannot be read as an image "
+                        f"({str(error) or type(error).__name__}): replace it or remove it from "
+                        f"the data set") from None
     if size is not None and (image.height, image.width) != tuple(size):
         if (raw.height, raw.width) != tuple(size):
-            raise ValueError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
-                             f"height), the annotations say {size[1]} x {size[0]}: annotate the "
-                             f"file that is there")
+            raise UserError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
+                            f"height), the annotations say {size[1]} x {size[0]}: annotate the "
+                            f"file that is there")
         image = raw
     return to_rgb(image, name)
 
@@ -50,15 +52,15 @@ def to_rgb(image, name):
     if image.mode.startswith("I"):               # 16 bit, by file format in mode I;16 or I
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
-                             f"defined brightness, save the image with 8 or 16 bits")
+            raise UserError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
+                            f"defined brightness, save the image with 8 or 16 bits")
         return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
-        raise ValueError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
-                         f"save the image as 8-bit RGB or grey")
+        raise UserError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
+                        f"save the image as 8-bit RGB or grey")
     return image.convert("RGB")
 
 

@@ -9,14 +9,15 @@ arXiv:2012.12877; MLP-Mixer, arXiv:2105.01601.
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixers import MIXERS, StarReLU, to_grid
+from coco_eval import UserError
+from options import check_options
+from mixers import MIXERS, MixerConfig, StarReLU, to_grid
 from resnet import BatchNorm2d, Normalise
 
 
@@ -96,14 +97,14 @@ class MetaFormerConfig:
     mlp_head: Annotated[bool, "an MLP instead of a linear layer as the classifier"] = False
     pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
     head_size: Annotated[int, "channels of an attention head"] = 32
-    token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 256
+    tokens_mlp_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 256
     layer_scale: Annotated[float, "first value of LayerScale, 0 = without"] = 1e-5
     drop_path: Annotated[float, "stochastic depth of the last block, linear from 0"] = 0.1
     head_dropout: Annotated[float, "dropout in the MLP head"] = 0.0
     image_size: Annotated[int, "largest side in pixels for fixed-grid mixers, positions"] = 224
     crop_fraction: Annotated[float, "side of the centre crop in evaluation, of the shorter"] = 0.9
     num_classes: Annotated[int, "classes K; data sets set it"] = 1000
-    maps: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
+    out_stages: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
 
     def __post_init__(self):
         for field, known in (("family", ("poolformer", "baselines", "isotropic")),
@@ -111,39 +112,39 @@ class MetaFormerConfig:
                              ("mixers", MIXERS)):
             value = getattr(self, field)
             if not set(value.split(",") if field == "mixers" else [value]) <= set(known):
-                raise ValueError(f"--{field} {value} is unknown, use: {', '.join(known)}")
+                raise UserError(f"--{field} {value} is unknown, use: {', '.join(known)}")
         n = 1 if self.family == "isotropic" else 4
         depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
         if (len(depths), len(widths)) != (n, n) or len(mixers) not in (1, n) or not all(
                 x.isdecimal() for x in depths + widths):
-            raise ValueError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
-                             f"{self.mixers} must be of {n} stage(s), separated by commas")
+            raise UserError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
+                            f"{self.mixers} must be of {n} stage(s), separated by commas")
         for depth, width, mixer in self.stages:
             if depth < 1 or width < 1 or mixer == "attention" and width % self.head_size:
-                raise ValueError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
-                                 f", attention's a multiple of --head_size {self.head_size}")
+                raise UserError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
+                                f", attention's a multiple of --head_size {self.head_size}")
         if self.pool_size % 2 == 0:
-            raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
+            raise UserError(f"--pool_size {self.pool_size} must be odd, to have a centre")
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"--crop_fraction {self.crop_fraction} must be over 0 and at most 1")
+            raise UserError(f"--crop_fraction {self.crop_fraction} must be over 0 and at most 1")
         for field in ("drop_path", "head_dropout"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)} must be in [0, 1)")
-        for field in ("num_classes", "image_size", "pool_size", "token_dim", "head_size"):
+                raise UserError(f"--{field} {getattr(self, field)} must be in [0, 1)")
+        for field in ("num_classes", "image_size", "pool_size", "tokens_mlp_dim", "head_size"):
             if getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
+                raise UserError(f"--{field} {getattr(self, field)} must be at least 1")
         if not 0 <= self.layer_scale < math.inf:
-            raise ValueError(f"--layer_scale {self.layer_scale} must be 0 or a positive number")
+            raise UserError(f"--layer_scale {self.layer_scale} must be 0 or a positive number")
         if self.positions and "attention" not in self.mixers:
-            raise ValueError(f"--positions are for --mixers with attention, not {self.mixers}")
-        if not set(self.maps.split(",") if self.maps else ()) <= {str(k + 1) for k in range(n)}:
-            raise ValueError(f"--maps {self.maps} must name stages from 1 to {n}, as in 1,{n}")
+            raise UserError(f"--positions are for --mixers with attention, not {self.mixers}")
+        if not set(self.out_stages.split(",") if self.out_stages else ()) <= {str(k + 1) for k in range(n)}:
+            raise UserError(f"--out_stages {self.out_stages} must name stages from 1 to {n}, as in 1,{n}")
 
     @property
     def takes_any_size(self):
         """Whether images of all sizes can be its input, as a backbone's must."""
-        fixed = self.positions or {"mlp", "fc", "random"} & set(self.mixers.split(","))
-        return self.family != "isotropic" and not fixed
+        fixed = any(hasattr(MIXERS[name], "fixed_grid") for name in self.mixers.split(","))
+        return self.family != "isotropic" and not self.positions and not fixed
 
     @property
     def stages(self):
@@ -212,9 +213,10 @@ class MetaFormerBlock(nn.Module):
         _, C, mixer = cfg.stages[stage]
         self.residual, self.drop_path, bias = cfg.residual, drop_path, cfg.family != "baselines"
         self.norm1 = token_norm(cfg, C)
-        self.token_mixer = MIXERS[mixer](SimpleNamespace(
-            hidden_dim=C, nheads=C // cfg.head_size, dropout=0.0, pool_size=cfg.pool_size,
-            token_dim=cfg.token_dim, qkv_bias=cfg.family == "isotropic", out_bias=bias), max_grid)
+        self.token_mixer = MIXERS[mixer](MixerConfig(
+            hidden_dim=C, nheads=max(1, C // cfg.head_size), pool_size=cfg.pool_size,
+            tokens_mlp_dim=cfg.tokens_mlp_dim, max_grid=max_grid,
+            qkv_bias=cfg.family == "isotropic", out_bias=bias))
         self.norm2 = token_norm(cfg, C) if cfg.channel_mlp else None
         self.mlp = ChannelMLP(C, cfg.activation, bias) if cfg.channel_mlp else None
         for k in (1, 2) if cfg.channel_mlp else (1,):
@@ -256,7 +258,7 @@ class MlpHead(nn.Module):
 
 
 class MetaFormer(nn.Module):
-    """Classifier, or with cfg.maps the backbone for detection and segmentation.
+    """Classifier, or with cfg.out_stages the backbone for detection and segmentation.
 
     Sources: arXiv:2111.11418, Fig. 2 and Table 1; for the other families see MetaFormerConfig.
     """
@@ -268,7 +270,7 @@ class MetaFormer(nn.Module):
         self.pos_embed, self.cls_token, self.limits = None, None, {}
         n, cin, side = sum(depth for depth, _, _ in cfg.stages), 3, cfg.image_size
         rates = iter([cfg.drop_path * i / max(1, n - 1) for i in range(n)])
-        last = max(map(int, cfg.maps.split(","))) if cfg.maps else len(cfg.stages)
+        last = max(map(int, cfg.out_stages.split(","))) if cfg.out_stages else len(cfg.stages)
         for k, (depth, C, mixer) in enumerate(cfg.stages[:last]):
             kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
             if cfg.family == "isotropic":
@@ -278,7 +280,7 @@ class MetaFormer(nn.Module):
             cin, side = C, (side + 2 * padding - kernel) // stride + 1
             self.stages.append(nn.ModuleList(
                 MetaFormerBlock(cfg, k, (side, side), next(rates)) for _ in range(depth)))
-            if hasattr(self.stages[k][0].token_mixer, "max_grid"):
+            if hasattr(MIXERS[mixer], "fixed_grid"):
                 self.limits[k] = side
             if cfg.positions and mixer == "attention" and self.pos_embed is None:
                 self.positions_at, self.limits[k] = k, side
@@ -286,9 +288,9 @@ class MetaFormer(nn.Module):
                 self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if cls else None
                 self.pos_embed = nn.Parameter(torch.zeros(1, cls + side * side, C))
         self.num_channels = C
-        for k in map(int, cfg.maps.split(",") if cfg.maps else ()):  # official: norm0, norm2, ...
+        for k in map(int, cfg.out_stages.split(",") if cfg.out_stages else ()):  # official: norm0, norm2, ...
             self.add_module(f"norm{2 * k - 2}", token_norm(cfg, cfg.stages[k - 1][1]))
-        if not cfg.maps:
+        if not cfg.out_stages:
             self.norm = LayerNorm(C, 1e-6) if cfg.family == "baselines" else token_norm(cfg, C)
             self.head = MlpHead(C, cfg) if cfg.mlp_head else nn.Linear(C, cfg.num_classes)
         self.init_weights()
@@ -311,8 +313,8 @@ class MetaFormer(nn.Module):
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Raises ValueError for images larger than a fixed grid allows.
         """
-        if self.cfg.maps:
-            raise ValueError(f"built with maps={self.cfg.maps}, without a classifier: use features")
+        if self.cfg.out_stages:
+            raise UserError(f"built with out_stages={self.cfg.out_stages}, without a classifier: use features")
         x, valid, _ = self.run(self.normalise(images, valid), valid)[-1]
         if self.cfg.family != "baselines":
             x = self.norm(x, valid)
@@ -331,7 +333,7 @@ class MetaFormer(nn.Module):
     def features(self, images, valid=None):
         """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
 
-        Arguments as in forward. With cfg.maps those of these stages alone, each behind a norm of
+        Arguments as in forward. With cfg.out_stages those of these stages alone, each behind a norm of
         its own; the next stage gets the map without that norm. In eval mode no padding leaks: an
         image in the upper left of its canvas has the features it has alone, at the places it has
         alone, for neither convolutions, nor group norms, nor mixers see the padding. (In training
@@ -343,8 +345,8 @@ class MetaFormer(nn.Module):
         """Normalised images and valid (B, IH, IW) or None to those of each map."""
         maps = []
         for k, (y, v, (H, W)) in enumerate(self.run(x, valid)):
-            if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(","):
-                y = getattr(self, f"norm{2 * k}")(y, v) if self.cfg.maps else y
+            if not self.cfg.out_stages or str(k + 1) in self.cfg.out_stages.split(","):
+                y = getattr(self, f"norm{2 * k}")(y, v) if self.cfg.out_stages else y
                 y = y[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
                 maps.append((y, None if v is None else v[:, -H * W:].reshape(-1, H, W)))
         return maps
@@ -358,7 +360,7 @@ class MetaFormer(nn.Module):
             x, valid, grid = self.downsample_layers[k](x, valid, grid)
             (H, W), limit = grid, self.limits.get(k, max(grid))
             if max(H, W) > limit:
-                raise ValueError(
+                raise UserError(
                     f"{IH} x {IW} pixels give stage {k + 1} {H} x {W} = {H * W} tokens, its "
                     f"{self.cfg.stages[k][2]} mixer or positions end at {limit} x {limit} = "
                     f"{limit**2}: build the model with image_size={max(IH, IW)}, or use images "
@@ -379,6 +381,19 @@ class MetaFormer(nn.Module):
             x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
             valid = None if valid is None else F.pad(valid, (1, 0), value=True)
         return x, valid
+
+
+class MetaFormerBackbone(MetaFormer):
+    """The MetaFormer of a ModelConfig as the backbone of a DETR: the map of its backbone_stage."""
+
+    def __init__(self, cfg):
+        super().__init__(replace(METAFORMERS[cfg.backbone], out_stages=str(cfg.backbone_stage),
+                                 drop_path=0.0))
+        self.stride = 2 ** (cfg.backbone_stage + 1)
+
+    def forward(self, x, valid):
+        """Normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None to those of the map."""
+        return self.stage_maps(x, valid)[-1]
 
 
 # sizes of arXiv:2111.11418, Table 1; stochastic depth as in the official training commands
@@ -406,7 +421,7 @@ ABLATIONS = {
     "pppf": dict(mixers="pool,pool,pool,fc"),
     "ppff": dict(mixers="pool,pool,fc,fc", crop_fraction=0.95)}
 METAFORMERS = {"metaformer_tiny": MetaFormerConfig(             # for the built-in shapes
-    depths="1,1,2,1", widths="32,64,128,160", drop_path=0.0, token_dim=64, image_size=64,
+    depths="1,1,2,1", widths="32,64,128,160", drop_path=0.0, tokens_mlp_dim=64, image_size=64,
     crop_fraction=1.0)}
 METAFORMERS |= {f"poolformer_{s}": MetaFormerConfig(**size) for s, size in SIZES.items()}
 METAFORMERS |= {f"poolformer_s12_{name}": replace(METAFORMERS["poolformer_s12"], **change)
@@ -436,6 +451,6 @@ METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="atte
                                              positions=True, head_size=64, **ISOTROPIC)
                 for s, C in (("ti", "192"), ("s", "384"), ("b", "768"))}
 METAFORMERS |= {f"mixer_{s}16": MetaFormerConfig(depths=depth, widths=C, mixers="mlp",
-                                                 token_dim=token_dim, crop_fraction=0.875,
+                                                 tokens_mlp_dim=tokens_mlp_dim, crop_fraction=0.875,
                                                  **ISOTROPIC)
-                for s, depth, C, token_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}
+                for s, depth, C, tokens_mlp_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}

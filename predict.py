@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import torch
 
+from coco_eval import UserError, UserFileError
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
 from metaformer import MetaFormer
 from data import plan_validation
@@ -26,12 +27,12 @@ def find_images(paths):
         if os.path.isdir(path):
             found = sorted(f for f in os.listdir(path) if f.lower().endswith(IMAGE_SUFFIXES))
             if not found:
-                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+                raise UserError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             files += [os.path.join(path, f) for f in found]
         elif os.path.exists(path):
             files.append(path)
         else:
-            raise FileNotFoundError(f"{path} not found: give image files or folders of them")
+            raise UserFileError(f"{path} not found: give image files or folders of them")
     return files
 
 
@@ -68,7 +69,7 @@ def main(argv=None):
     files = find_images(args.images)
     model, info = load_model(args.checkpoint, dilation=args.dilation)
     if isinstance(model, MetaFormer):
-        raise ValueError(f"{args.checkpoint} holds a classifier, which detects nothing; "
+        raise UserError(f"{args.checkpoint} holds a classifier, which detects nothing; "
                          f"evaluate.py gives its accuracy")
     model = model.eval().to(check_device(args.device))
     size = (args.image_size or info["train"].get("image_size", 800),
@@ -78,7 +79,7 @@ def main(argv=None):
     for path in files:
         try:
             image = read_image(path)
-        except (ValueError, OSError) as error:       # the others are still worth having
+        except UserError as error:                   # the others are still worth having
             print(f"error: {error}")
             results.append({"file": path, "error": str(error)})
             failed += 1
@@ -111,5 +112,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     try:
         main()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

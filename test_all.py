@@ -68,7 +68,7 @@ from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesCl
                             center_crop, classification_loss, crop_region, mix, rand_augment,
                             random_erase)
 from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSampler, apply_plan,
-                  box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, overlap, plan_training,
+                  box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, iou_and_giou, plan_training,
                   sort_by_shape, xyxy_to_cxcywh)
 from checkpoint import load_backbone, load_weights, our_names
 from model import Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model
@@ -154,7 +154,7 @@ def test_overlaps_are_the_official_ones():
 
 def test_boxes_without_area_give_no_nan_in_value_or_gradient():
     a = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 5]], requires_grad=True)
-    iou, giou = overlap(a, torch.tensor([[1.0, 1, 1, 1], [2, 2, 2, 2], [0, 0, 4, 5]]))
+    iou, giou = iou_and_giou(a, torch.tensor([[1.0, 1, 1, 1], [2, 2, 2, 2], [0, 0, 4, 5]]))
     giou.sum().backward()
     assert iou.tolist() == [0, 0, 0] and giou.isfinite().all() and a.grad.isfinite().all()
 
