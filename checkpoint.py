@@ -367,6 +367,15 @@ def located_data(state):
     return options
 
 
+def check_located(options, checkpoint):
+    """Raises UserFileError for a data path of a checkpoint's options that is not there."""
+    for name in DATA_PATHS:
+        if options.get(name) and not os.path.exists(options[name]):
+            raise UserFileError(f"{options[name]} not found: the checkpoint {checkpoint} was trained "
+                                f"with it as --{name}; give --data DIR, or --val_json and "
+                                f"--val_images")
+
+
 def find_resume(cfg, model_cfg, loss_cfg):
     """The state to continue from, or None.
 

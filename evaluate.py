@@ -25,7 +25,8 @@ from coco_eval import UserError, ap_table, coco_eval, evaluate_columns, result_j
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import check_known, load_weights, located_data, read_checkpoint, read_run
+from checkpoint import (check_known, check_located, load_weights, located_data, read_checkpoint,
+                        read_run)
 from model import ModelConfig, build_model
 from config import TrainConfig, check_grid
 
@@ -58,22 +59,24 @@ def postprocess(logits, boxes, sizes):
     return [dict(scores=s, labels=k, boxes=b) for s, k, b in zip(scores, labels, boxes)]
 
 
-def detection_rows(outputs, targets, dataset):
-    """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h.
+def check_finite(detections, image):
+    """Raises UserError if boxes or scores of postprocess' dict are NaN or infinite."""
+    if not all(values.isfinite().all() for values in detections.values()):
+        raise UserError(f"the detections of image {image} are not finite: the model's weights are "
+                        f"spoilt, train it anew")
 
-    Raises UserError if one is not finite: average precision would take it for a number.
-    """
+
+def detection_rows(outputs, targets, dataset):
+    """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
     (logits, boxes), rows = outputs, []
     found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
     for target, d in zip(targets, found):
+        check_finite(d, dataset.image_ids[target["index"]])
         xy, x1y1 = d["boxes"][:, :2], d["boxes"][:, 2:]
         image = torch.full_like(d["scores"], target["index"], dtype=torch.float64)
         row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], xy,
-                         x1y1 - xy], 1).double().cpu()
-        if not row.isfinite().all():
-            raise UserError(f"the detections of image {dataset.image_ids[target['index']]} are "
-                            f"not finite: the model's weights are spoilt, train it anew")
-        rows.append(row)
+                         x1y1 - xy], 1)
+        rows.append(row.double().cpu())
     return torch.cat(rows)
 
 
@@ -241,6 +244,8 @@ def evaluation_set(args, model, info):
     if args.data or args.val_json:
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
                        val_json=args.val_json, val_images=args.val_images, overfit=0)
+    else:
+        check_located(options, args.checkpoint)
     options["image_size"] = args.image_size or options["image_size"]
     options["max_size"] = args.max_size or options.get("max_size", 1333)
     cfg = TrainConfig(**dict(options, max_size=max(options["max_size"], options["image_size"])))

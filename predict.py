@@ -16,7 +16,7 @@ from coco_eval import UserError, UserFileError
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
 from metaformer import MetaFormer
 from data import plan_validation
-from evaluate import check_device, load_model, postprocess
+from evaluate import check_device, check_finite, load_model, postprocess
 
 
 def find_images(paths):
@@ -37,12 +37,13 @@ def find_images(paths):
 
 
 @torch.inference_mode()
-def detect_image(model, image, image_size, max_size):
+def detect_image(model, image, name, image_size, max_size):
     """postprocess' dict of one PIL image in RGB, its arrays sorted by falling score."""
     h, w = plan_validation(image.height, image.width, image_size, max_size).size
     pixels = torch.from_numpy(np.array(image.resize((w, h), 2))).permute(2, 0, 1)[None]  # bilinear
     logits, boxes = model(pixels.to(next(model.parameters()).device))
     found = postprocess(logits[-1], boxes[-1], [(image.height, image.width)])[0]
+    check_finite(found, name)
     order = found["scores"].argsort(descending=True)
     return {name: values[order].cpu().numpy() for name, values in found.items()}
 
@@ -84,7 +85,7 @@ def main(argv=None):
             results.append({"file": path, "error": str(error)})
             failed += 1
             continue
-        found = detect_image(model, image, *size)
+        found = detect_image(model, image, path, *size)
         keep = np.flatnonzero(found["scores"] >= args.threshold)[:args.top]
         boxes, scores = found["boxes"][keep], found["scores"][keep]
         names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]

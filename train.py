@@ -84,7 +84,7 @@ def catch_signals():
         if interrupt["safe"] or again and number == signal.SIGINT:
             sys.exit(interrupt["code"])
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                     # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
     return interrupt
@@ -93,9 +93,18 @@ def catch_signals():
 def ignore_signals(worker):
     """For loader workers: Ctrl-C, torchrun and batch systems signal all processes of a run, but the
     training process alone decides what to do, and needs its workers until it has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                     # Windows lacks some
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))        # from end_workers
+
+
+def end_workers():
+    """Ends the loader workers of this process, which Python's own SIGTERM at exit would not."""
+    for worker in torch.multiprocessing.active_children():
+        if hasattr(signal, "SIGUSR1"):
+            os.kill(worker.pid, signal.SIGUSR1)
 
 
 # -- loaders, optimizer, schedule ----------------------------------------------------------------
@@ -437,6 +446,7 @@ def main(argv=None):
         print(f"error{on_rank}: {hint(error)}", file=sys.stderr, flush=True)
         raise
     finally:
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code)
