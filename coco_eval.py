@@ -5,6 +5,7 @@
 Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -735,3 +736,59 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     for field in ("AP", "AP50", "AR"):
         result[f"{field.lower()}_per_class"] = {r["name"]: r[field] for r in per_class(result)}
     return result
+
+
+# -- python coco_eval.py -------------------------------------------------------------------------
+
+def result_json(result):
+    """A result as a dict for json.dump: the numbers by name, by class (null: none), and all curves.
+
+    "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
+    "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
+    """
+    stats = {}
+    for (array, iou, area, cut), value in zip(
+            summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
+        name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
+        name += "" if area == "all" else "_" + area
+        stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
+    classes = [{name: None if value != value else value for name, value in row.items()}
+               for row in per_class(result)]
+    return {"stats": stats, "per_class": classes, "notes": result.get("notes", []),
+            **{name: result[name] for name in ("classes", "max_dets", "area_ranges", "strict")},
+            **{name: result[name].tolist()
+               for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
+
+
+def main(argv=None):
+    """The command: reads two files, prints the summary and the table of classes."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gt", required=True, help="COCO instances file")
+    parser.add_argument("--dt", required=True, help="detections in COCO results format")
+    parser.add_argument("--iou_type", default="bbox", help="bbox, or segm to compare masks")
+    parser.add_argument("--max_dets", type=int, nargs="+", default=MAX_DETS,
+                        help="detections per image and class that count")
+    parser.add_argument("--strict", action="store_true",
+                        help="pycocotools' answer also where it is odd, see coco_eval")
+    parser.add_argument("--json", default="", help="write all numbers and curves there")
+    args = parser.parse_args(argv)
+    if args.json and (not os.path.isdir(os.path.dirname(args.json) or ".")
+                      or os.path.isdir(args.json)):
+        raise ValueError(f"--json {args.json} should be a file in a folder that is there")
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, (args.gt, args.dt)):
+        raise ValueError(f"--json {args.json} would be written over what is read")
+
+    result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
+    print(summary(result), ap_table(result), sep="\n\n")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result_json(result), file)
+        print(f"numbers and curves: {args.json}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, IndexError) as error:
+        sys.exit(f"error: {error}")
