@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from coco_eval import (MAX_DETS, ap_table, coco_eval, evaluate_columns, per_class, summary,
-                       summary_rows)
+import coco_eval as coco_eval_py
+from coco_eval import ap_table, coco_eval, evaluate_columns, summary
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import (ImageFolder, ShapesClassification, accuracy_table, class_accuracy,
                             class_rows)
@@ -237,35 +237,21 @@ def find_validation(args, info):
 
 
 def result_json(result):
-    """A result as a dict for json.dump: the numbers by name, by class (null: none), and all curves.
-
-    "precision", "scores" [T][R][K][A][M] and "recall" [T][K][A][M] are nested lists along
-    "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
-    """
-    if "accuracy" in result:
-        rows = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
-        return {**dict(zip(("top1", "top5", "mean_over_classes"), result["stats"].tolist())),
-                "per_class": [{"name": name, "images": n, "top1": accuracy if n else None}
-                              for name, n, accuracy in rows]}
-    stats = {}
-    for (array, iou, area, cut), value in zip(
-            summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
-        name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
-        name += "" if area == "all" else "_" + area
-        stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
-    classes = [{name: None if value != value else value for name, value in row.items()}
-               for row in per_class(result)]
-    return {"stats": stats, "per_class": classes, "notes": result.get("notes", []),
-            **{name: result[name] for name in ("classes", "max_dets", "area_ranges", "strict")},
-            **{name: result[name].tolist()
-               for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
+    """A result as a dict for json.dump: of a detector see coco_eval.py, of a classifier the
+    numbers by name and by class (null: no images)."""
+    if "precision" in result:
+        return coco_eval_py.result_json(result)
+    rows = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
+    return {**dict(zip(("top1", "top5", "mean_over_classes"), result["stats"].tolist())),
+            "per_class": [{"name": name, "images": n, "top1": accuracy if n else None}
+                          for name, n, accuracy in rows]}
 
 
 def parse_args(argv):
     """The command line as a Namespace."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="of train.py, or an officially released file")
+    parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("--data", default="",
                         help="COCO: annotations/, val2017/; classifiers: val/<class>/*.jpg")
     parser.add_argument("--model", default="", help="of an official classifier's file: its name")
@@ -281,13 +267,6 @@ def parse_args(argv):
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--gt", default="", help="COCO instances file, with --dt: no model is run")
-    parser.add_argument("--dt", default="", help="detections in COCO results format")
-    parser.add_argument("--iou_type", default="bbox", help="bbox, or segm to compare masks")
-    parser.add_argument("--max_dets", type=int, nargs="+", default=MAX_DETS,
-                        help="detections per image and class that count")
-    parser.add_argument("--strict", action="store_true",
-                        help="pycocotools' answer also where it is odd, see coco_eval")
     parser.add_argument("--json", default="", help="write all numbers and curves there")
     return parser.parse_args(argv)
 
@@ -316,25 +295,14 @@ def evaluate_checkpoint(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if any(str(flag).split("=")[0] in ("--gt", "--dt") for flag in argv):
+        return coco_eval_py.main(argv)
     args = parse_args(argv)
-    if bool(args.gt) != bool(args.dt) or bool(args.gt) == bool(args.checkpoint):
-        raise ValueError("give a checkpoint, or --gt together with --dt")
     folder = os.path.dirname(args.json) or "."
     if args.json and (not os.path.isdir(folder) or os.path.isdir(args.json)):
         raise ValueError(f"--json {args.json} should be a file in a folder that is there")
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, (args.gt, args.dt)):
-        raise ValueError(f"--json {args.json} would be written over what is read")
-    if args.gt and (args.data or args.val_json or args.save_json or args.model):
-        raise ValueError("--data, --val_json, --save_json and --model are for a checkpoint, not "
-                         "for --gt and --dt")
-    if not args.gt and (args.strict, args.iou_type, tuple(args.max_dets)) != (
-            False, "bbox", MAX_DETS):
-        raise ValueError("--strict, --iou_type and --max_dets are for --gt and --dt")
-    if args.gt:
-        result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets,
-                           strict=args.strict)
-    else:
-        result = evaluate_checkpoint(args)
+    result = evaluate_checkpoint(args)
     tables = (summary, ap_table) if "precision" in result else (accuracy_table,)
     print("\n\n".join(table(result) for table in tables))
     if args.json:

@@ -2520,8 +2520,8 @@ def test_numbers_and_curves_as_json(tmp_path, capsys):
     assert np.shape(result["precision"]) == (10, 101, 2, 4, 3) == np.shape(result["scores"])
     assert np.shape(result["recall"]) == (10, 2, 4, 3)
     with pytest.raises(ValueError, match="folder that is there"):
-        evaluate.main([*files, "--json", str(tmp_path / "absent" / "out.json")])
-    evaluate.main([*files, "--max_dets", "1"])
+        coco_eval_py.main([*files, "--json", str(tmp_path / "absent" / "out.json")])
+    coco_eval_py.main([*files, "--max_dets", "1"])
     assert "AP is at 1 detections" in capsys.readouterr().err
 
 
@@ -2592,13 +2592,41 @@ def test_filtered_detections_are_none_and_the_file_of_a_fault_is_named(tmp_path,
     (tmp_path / "dt.json").write_text(json.dumps([det("high")]))
     with pytest.raises(ValueError, match=r"dt.json: detection 0 .* score"):
         coco_eval(gt, dt)
-    for options, words in ((["--json", gt], "written over"), (["--json", str(tmp_path)], "a file"),
-                           (["--save_json", "x"], "for a checkpoint")):
+    for options, words in (["--json", gt], "written over"), (["--json", str(tmp_path)], "a file"):
         with pytest.raises(ValueError, match=words):
-            evaluate.main(["--gt", gt, "--dt", dt, *options])
+            coco_eval_py.main(["--gt", gt, "--dt", dt, *options])
     assert json.loads((tmp_path / "gt.json").read_text()) == instances(ann())
-    with pytest.raises(ValueError, match="for --gt and --dt"):
-        evaluate.main(["ckpt.pt", "--strict"])
+
+
+def test_options_of_a_checkpoint_and_of_two_files_are_told_apart(capsys):
+    for wrong, refused in (("--gt a --dt b --save_json c", "--save_json c"),
+                           ("--gt=a --dt=b ckpt.pt", "ckpt.pt"), ("ckpt.pt --strict", "--strict")):
+        with pytest.raises(SystemExit):
+            evaluate.main(wrong.split())
+        assert f"unrecognized arguments: {refused}\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--gt", "a"])
+    assert "required: --dt" in capsys.readouterr().err
+
+
+def test_the_evaluator_is_one_file_that_runs_without_torch(tmp_path):
+    shutil.copy(coco_eval_py.__file__, tmp_path)
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "gt.json").write_text(json.dumps(instances(full())))
+    (tmp_path / "dt.json").write_text(json.dumps([det(0.9, (10, 10, 50, 25))]))
+
+    def run_alone(*options):
+        return subprocess.run([sys.executable, "coco_eval.py", "--gt", "gt.json", *options],
+                              cwd=tmp_path, capture_output=True, text=True)
+
+    done = run_alone("--dt", "dt.json", "--max_dets", "1", "10", "100", "--strict", "--json", "o")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "IoU=0.50      | area=   all | maxDets=100 ] = 1.000\n" in done.stdout
+    assert "cat    0.100  1.000        1\n" in done.stdout
+    assert json.loads((tmp_path / "o").read_text())["stats"]["AP"] == pytest.approx(0.1)
+    done = run_alone("--dt", "absent.json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: absent.json not found") and done.stderr.count("\n") == 1
 
 
 def test_the_table_has_the_best_class_first():
