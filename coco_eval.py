@@ -48,10 +48,10 @@ def with_cells(gt, dt):
 def box_overlap(dt, gt, crowd):
     """IoU of pairs of boxes (P, 4) x, y, w, h, (P,); with a crowd, the share of dt inside it."""
     (dx, dy, dw, dh), (gx, gy, gw, gh) = dt.T, gt.T
-    w = np.fmin(dx + dw, gx + gw) - np.fmax(dx, gx)             # fmin: a NaN counts as absent
-    h = np.fmin(dy + dh, gy + gh) - np.fmax(dy, gy)
+    w = np.minimum(dx + dw, gx + gw) - np.maximum(dx, gx)
+    h = np.minimum(dy + dh, gy + gh) - np.maximum(dy, gy)
     union = np.where(crowd, dw * dh, dw * dh + gw * gh - w * h)
-    return np.divide(w * h, union, out=np.zeros(len(dt)), where=~((w <= 0) | (h <= 0)))
+    return np.divide(w * h, union, out=np.zeros(len(dt)), where=(w > 0) & (h > 0))
 
 
 def find_pairs(gt, dt, least_iou):
@@ -72,47 +72,24 @@ def find_pairs(gt, dt, least_iou):
         if "mask" in dt and iou.any():                          # masks meet only where boxes do
             i = np.flatnonzero(iou)
             iou[i] = mask_overlap(dt["mask"][d[i]], gt["mask"][g[i]], gt["crowd"][g[i]])
-        keep = ~(iou < least_iou)                               # NaN too
+        keep = iou >= least_iou
         pairs.append((d[keep], g[keep], iou[keep]))
     d, g, iou = (np.concatenate(column) for column in zip(*pairs))
     order = np.lexsort((-g, -iou, d))                           # last key first
     return d[order], g[order], iou[order]
 
 
-def match_cell(dt, gt, ignored, name, iou_thrs):
-    """The ground truth that each detection of a cell finds, at each IoU threshold on its own.
-
-    dt, gt: columns of D detections by falling score and G ground truths; ignored (G,) bool; name
-    (G,) int64. Returns the names (D, T), -1 for none. The detection of highest score chooses first:
-    among the ground truths it reaches and nobody has, the one of highest IoU (of equals the last),
-    but any that counts before an ignored one. Crowds are never used up.
-    """
-    D, G = len(dt["cell"]), len(name)
-    d, g = np.repeat(np.arange(D), G), np.tile(np.arange(G), D)
-    iou = box_overlap(dt["box"][d], gt["box"][g], gt["crowd"][g]).reshape(D, G)
-    truth = np.full((D, len(iou_thrs)), -1)
-    for t, threshold in enumerate(np.minimum(iou_thrs, 1 - 1e-10)):
-        for d in range(D):
-            best, found = threshold, None
-            for g in np.argsort(ignored, kind="stable"):
-                if name[g] in truth[:d, t] and not gt["crowd"][g]:
-                    continue
-                if found is not None and ignored[g] > ignored[found]:
-                    break
-                if not iou[d, g] < best:                        # true of NaN, whatever best is
-                    best, found = iou[d, g], g
-                    truth[d, t] = name[g]
-    return truth
-
-
 def match_pairs(d, g, iou, cell, ignored, crowd, iou_thrs):
-    """match_cell for all cells at once, where no IoU is NaN.
+    """The ground truth that each detection finds, at each IoU threshold on its own.
 
     d, g, iou (P,): pairs as find_pairs gives them, detections numbered by falling score; cell
-    (D,) of the detections; ignored, crowd (G,) bool. Returns int64 (D, T), rows of the truth.
+    (D,) of the detections; ignored, crowd (G,) bool. Returns int64 (D, T), rows of the ground
+    truth, -1 for none. The detection of highest score chooses first: among the ground truths of
+    its cell that it reaches and nobody has, the one of highest IoU (of equals the last), but any
+    that counts before an ignored one. Crowds are never used up.
 
-    With what counts before what is ignored, a pair is a match if both sides are still free. Cells
-    are independent, so step s decides the s-th pair of every cell.
+    Once regular ground truths are sorted before ignored ones, this is greedy: a pair is a match
+    if neither side is taken. Cells are independent, so step s decides the s-th pair of every cell.
     """
     order = np.argsort(2 * d + ignored[g], kind="stable")
     d, g, iou = d[order], g[order], iou[order]
@@ -179,7 +156,6 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     rank = count_before(dt["cell"])
     dt, rank = take(dt, rank < max_dets[-1]), rank[rank < max_dets[-1]]
     d, g, iou = find_pairs(gt, dt, min(*iou_thrs, 1 - 1e-10))
-    nan_cells = np.unique(dt["cell"][d[np.isnan(iou)]])         # only strict lets such boxes in
     hits, d = np.unique(d, return_inverse=True)                 # the H detections that have a pair
     dt_ends, hit_ends = (np.searchsorted(c, np.arange(K + 1))
                          for c in (dt["category"], dt["category"][hits]))
@@ -189,9 +165,6 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
         ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
         num_gt[:, a] = np.bincount(gt["category"][~ignored], minlength=K)
         truth = match_pairs(d, g, iou, dt["cell"][hits], ignored, gt["crowd"], iou_thrs)
-        for cell in nan_cells:
-            i, j = (np.flatnonzero(c == cell) for c in (dt["cell"][hits], gt["cell"]))
-            truth[i] = match_cell(take(dt, hits[i]), take(gt, j), ignored[j], j, iou_thrs)
         matched = (truth >= 0) & ~(lost & ~ignored)[truth]                          # (H, T)
         counted = matched & ~ignored[truth]
         judged = ~((area < low) | (area > high))                                    # (D,)
@@ -413,8 +386,9 @@ def read_json(path, what):
 def read_numbers(records, what, field, *shape, default=None, strict=False):
     """One field of all records, (n, *shape) float64. ValueError names the first record at fault.
 
-    default: one value per record, for a field that is absent or null. Numbers must be finite (a
-    score may be infinite), width and height of a box 0 or more; strict lets all numbers pass.
+    default: one value per record, for a field that is absent or null. Numbers must be below 1e100
+    (a score may be infinite), width and height of a box 0 or more; strict allows negative sizes
+    and any area.
     """
     values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
     if default is not None:
@@ -427,9 +401,13 @@ def read_numbers(records, what, field, *shape, default=None, strict=False):
             return None
         if x.dtype.kind not in "biuf" or x.shape[1:] != shape:
             return None
-        valid = ~np.isnan(x) if field == "score" else np.isfinite(x)
-        sizes = x[:, 2:] if shape else x[:0]
-        return x if strict or valid.all() and (sizes >= 0).all() else None
+        if field == "score":
+            valid = ~np.isnan(x)
+        elif field == "bbox":
+            valid = (np.abs(x) < 1e100).all(axis=1) & (strict | (x[:, 2:] >= 0).all(axis=1))
+        else:
+            valid = strict | (np.abs(x) < 1e100)
+        return x if valid.all() else None
 
     x = read(values) if values else np.zeros((0, *shape))
     if x is None:
@@ -693,10 +671,10 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     "notes", sentences also printed to stderr: what pycocotools does otherwise, why all is 0.
 
     strict=True does as pycocotools does. A ground truth with id 0 is never found; of several with
-    one id the last stands for all; detections of unlisted categories are passed over; NaN scores
-    come last, a NaN x or y overlaps what its height or width does, negative sizes nothing; a mask
-    has the area of its detection's box, where there is one; the first AP is -1 without 100 in
-    max_dets; no detections and fewer than three max_dets are an IndexError.
+    one id the last stands for all; detections of unlisted categories are passed over; boxes of
+    negative sizes overlap nothing; a mask has the area of its detection's box, where there is one;
+    the first AP is -1 without 100 in max_dets; no detections and fewer than three max_dets are an
+    IndexError. But NaN scores, and boxes that are NaN or infinite, remain a ValueError.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
     gt, dt, (annotation, detection) = read_sides(gt, dt)
