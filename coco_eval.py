@@ -1,7 +1,20 @@
 """The COCO evaluation in numpy: average precision of boxes and masks. One file to copy.
 
-    python coco_eval.py --gt instances.json --dt detections.json [--iou_type segm] [--json out.json]
+    python coco_eval.py --gt instances.json --dt detections.json
+    python coco_eval.py --gt instances.json --dt detections.json --iou_type segm --json out.json
 
+In Python: coco_eval takes COCO's formats, files or dicts and lists; evaluate_columns takes columns,
+which is all that a training loop needs. Columns are a dict of arrays with one row per object:
+
+    ground truth  "image" (G,) and "category" (G,) int64 indices; "box" (G, 4) float64 x, y, width,
+                  height in pixels; "area" (G,) float64 square pixels; "crowd" (G,) bool;
+                  "never_found" (G,) bool, if any are never to count as found
+    detections    "image" (D,), "category" (D,), "box" (D, 4) likewise; "score" (D,) float64;
+                  "area" (D,), if it is not width * height
+    masks         "mask" (G,) and (D,), arrays of what mask_edges returns, which are then compared
+                  in place of the boxes; the boxes must enclose them
+
+The evaluation stands first, up to ap_table; masks and the reading of COCO files follow.
 Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 
@@ -11,12 +24,13 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
 
-# -- COCO evaluation -----------------------------------------------------------------------------
+# -- average precision ---------------------------------------------------------------------------
 
 IOU_THRS = np.linspace(0.5, 0.95, 10)
 REC_THRS = np.linspace(0, 1, 101)
@@ -33,16 +47,33 @@ def take(columns, rows):
 def count_before(group):
     """For each entry, how many earlier ones are equal: [7, 5, 7, 7] -> [0, 0, 1, 2], int64 (N,)."""
     order = np.argsort(group, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(group)) - np.searchsorted(group[order], group[order])
-    return rank
+    count = np.empty_like(order)
+    count[order] = np.arange(len(group)) - np.searchsorted(group[order], group[order])
+    return count
 
 
 def with_cells(gt, dt):
-    """Both with "cell", a number for each class and image; the ground truth in order of it."""
-    images = 1 + max(columns["image"].max(initial=0) for columns in (gt, dt))
-    gt, dt = (dict(c, cell=c["category"] * images + c["image"]) for c in (gt, dt))
+    """Both with "cell", one number for each pair of class and image; gt sorted by it."""
+    images = 1 + max(gt["image"].max(initial=0), dt["image"].max(initial=0))
+    gt = dict(gt, cell=gt["category"] * images + gt["image"])
+    dt = dict(dt, cell=dt["category"] * images + dt["image"])
     return take(gt, np.argsort(gt["cell"], kind="stable")), dt
+
+
+def best_detections(dt, most):
+    """The `most` detections of highest score in each cell, by class, falling score and image.
+
+    Adds "rank" in the cell and "row" in the class, both from 0. Equals keep their order.
+    """
+    order = np.lexsort((dt["image"], -dt["score"], dt["category"]))     # last key first, stable
+    rank = count_before(dt["cell"][order])
+    best = take(dt, order[rank < most])
+    return dict(best, rank=rank[rank < most], row=count_before(best["category"]))
+
+
+def of_class(columns, k):
+    """The rows of class k, of columns sorted by class."""
+    return take(columns, slice(*np.searchsorted(columns["category"], [k, k + 1])))
 
 
 def box_overlap(dt, gt, crowd):
@@ -55,91 +86,124 @@ def box_overlap(dt, gt, crowd):
 
 
 def find_pairs(gt, dt, least_iou):
-    """Detections and ground truths of one cell, image and class, that overlap by least_iou.
+    """All pairs of a detection and a ground truth of one cell that have this IoU or more.
 
-    Columns as in evaluate_columns, and "cell" int64, by which gt is sorted. Returns rows d of dt
-    (P,), rows g of gt (P,) and iou (P,), by ascending d, falling iou and falling g.
+    gt must be sorted by "cell". With "mask" in both, the IoU is that of the masks. Returns rows d
+    of dt (P,), rows g of gt (P,) and iou (P,), sorted by d, then falling iou, then falling g.
     """
+    # the ground truth of a detection's cell: `count` rows from row `first`
     first = np.searchsorted(gt["cell"], dt["cell"])
     count = np.searchsorted(gt["cell"], dt["cell"], side="right") - first
-    rows, pairs = np.flatnonzero(count), []
-    blocks = np.cumsum(count[rows]) // 2**17                    # of pairs: bounds the memory
-    for rows in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1):
+
+    # in blocks of detections with about 2**17 pairs, which bounds the memory
+    rows = np.flatnonzero(count)
+    block = np.cumsum(count[rows]) // 2**17
+    pairs = []
+    for rows in np.split(rows, np.flatnonzero(np.diff(block)) + 1):
         n = count[rows]
-        d = np.repeat(rows, n)                                  # a detection, and its cell's
-        g = np.repeat(first[rows] - np.cumsum(n) + n, n) + np.arange(len(d))    # first, +1, ...
+        d = np.repeat(rows, n)
+        start = np.cumsum(n) - n                                # of each row's pairs
+        g = np.repeat(first[rows] - start, n) + np.arange(len(d))   # first, first + 1, ...
         iou = box_overlap(dt["box"][d], gt["box"][g], gt["crowd"][g])
-        if "mask" in dt and iou.any():                          # masks meet only where boxes do
-            i = np.flatnonzero(iou)
-            iou[i] = mask_overlap(dt["mask"][d[i]], gt["mask"][g[i]], gt["crowd"][g[i]])
+        if "mask" in dt and iou.any():
+            meet = np.flatnonzero(iou)                          # masks overlap only where boxes do
+            d_mask, g_mask, crowd = dt["mask"][d[meet]], gt["mask"][g[meet]], gt["crowd"][g[meet]]
+            iou[meet] = mask_overlap(d_mask, g_mask, crowd)
         keep = iou >= least_iou
         pairs.append((d[keep], g[keep], iou[keep]))
+
     d, g, iou = (np.concatenate(column) for column in zip(*pairs))
     order = np.lexsort((-g, -iou, d))                           # last key first
     return d[order], g[order], iou[order]
 
 
-def match_pairs(d, g, iou, cell, ignored, crowd, iou_thrs):
+def match_pairs(pairs, cell, ignored, crowd, iou_thrs):
     """The ground truth that each detection finds, at each IoU threshold on its own.
 
-    d, g, iou (P,): pairs as find_pairs gives them, detections numbered by falling score; cell
-    (D,) of the detections; ignored, crowd (G,) bool. Returns int64 (D, T), rows of the ground
-    truth, -1 for none. The detection of highest score chooses first: among the ground truths of
-    its cell that it reaches and nobody has, the one of highest IoU (of equals the last), but any
-    that counts before an ignored one. Crowds are never used up.
-
-    Once regular ground truths are sorted before ignored ones, this is greedy: a pair is a match
-    if neither side is taken. Cells are independent, so step s decides the s-th pair of every cell.
+    pairs: d, g, iou of find_pairs, detections in the order of their scores; cell (D,) of each
+    detection; ignored, crowd (G,) bool; iou_thrs (T,). Returns rows of gt, int64 (D, T), -1 for
+    none. The detection of highest score chooses first: of the ground truths that it reaches and
+    that are not taken, the one of highest IoU (of equals the last), but an ignored one only if it
+    reaches no other. A crowd is never used up.
     """
+    # each detection's pairs in the order of its choice: ignored ground truth last
+    d, g, iou = pairs
     order = np.argsort(2 * d + ignored[g], kind="stable")
-    d, g, iou = d[order], g[order], iou[order]
-    reached = iou[:, None] >= np.minimum(iou_thrs, 1 - 1e-10)                       # (P, T)
-    truth = np.full((len(cell), len(iou_thrs)), -1)
+    d, g = d[order], g[order]
+    reached = iou[order, None] >= iou_thrs                                          # (P, T)
+
+    # then matching is greedy: a pair is a match if neither side is taken. Cells are independent,
+    # so step s decides the s-th pair of every cell
+    gt_of_det = np.full((len(cell), len(iou_thrs)), -1)
     taken = np.zeros((len(crowd), len(iou_thrs)), bool)
     step = count_before(cell[d])
     ends = np.cumsum(np.bincount(step))
     for pair in np.split(np.argsort(step, kind="stable"), ends[:-1]):               # (cells,)
         di, gi = d[pair], g[pair]                               # no row twice: one pair per cell
-        new = reached[pair] & (truth[di] < 0) & ~taken[gi]                          # (cells, T)
-        truth[di] = np.where(new, gi[:, None], truth[di])
+        new = reached[pair] & (gt_of_det[di] < 0) & ~taken[gi]                      # (cells, T)
+        gt_of_det[di] = np.where(new, gi[:, None], gt_of_det[di])
         taken[gi] |= new & ~crowd[gi, None]
-    return truth
+    return gt_of_det
 
 
-def precision_at_recall(hits, matched, counted, judged, score, num_gt, rec_thrs):
-    """Precision, recall and score of one class, from its N detections by falling score.
+def judge(gt, dt, candidates, pairs, area_range, iou_thrs):
+    """What counts for a range of areas: ignored (G,) bool; dt, and candidates, with new columns.
 
-    hits (H,): rows of those that reach a ground truth at all; matched, counted (H, T): that one is
-    theirs, and it is not ignored; judged (N,): wrong if it matches nothing; score (N,). Returns
-    precision and scores (T, R), 0 for a recall never reached, and recall (T,) in the end.
+    ignored: crowds and ground truth of other areas; a detection that finds one is neither right
+    nor wrong. "in_area" (D,): detections that are wrong if they find nothing. "matched" and
+    "true_positive" (C, T): candidates that find any ground truth, and one that is not ignored.
     """
-    found = counted.cumsum(axis=0)                                                  # (H, T)
-    wrong = judged.cumsum()[hits, None] - (matched & judged[hits, None]).cumsum(axis=0)
-    precision = found / (found + wrong + np.spacing(1))         # so a first hit has 1 - 2.2e-16
-    best = np.maximum.accumulate(precision[::-1])[::-1]         # at this recall or a higher one
-    best, hit_score = np.vstack([best, np.zeros(found.shape[1])]), np.append(score[hits], 0)
-    need = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)                # hits, (R,)
-    at = np.stack([np.searchsorted(column, need) for column in found.T])            # (T, R)
-    scores = hit_score[at]
-    scores[:, need == 0] = score[0] if len(score) else 0        # recall 0 is read at the very first
-    return best[at, np.arange(len(at))[:, None]], counted.sum(axis=0) / num_gt, scores
+    low, high = area_range
+    ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
+    in_area = (dt["area"] >= low) & (dt["area"] <= high)
+    gt_of_det = match_pairs(pairs, candidates["cell"], ignored, gt["crowd"], iou_thrs)
+    matched = (gt_of_det >= 0) & ~(gt["never_found"] & ~ignored)[gt_of_det]         # (C, T)
+    true_positive = matched & ~ignored[gt_of_det]
+    return (ignored, dict(dt, in_area=in_area),
+            dict(candidates, matched=matched, true_positive=true_positive))
+
+
+def precision_at_recall(dt, candidates, num_gt, rec_thrs, most):
+    """The curve of one class: "precision" (T, R), "recall" (T,) and "scores" (T, R), a dict.
+
+    dt, candidates: its columns as judge returns them; num_gt: its ground truth that is not ignored;
+    of each image the `most` best detections count. Precision and scores are those where a recall
+    threshold is reached, 0 for one that is not; recall is that of all detections.
+    """
+    candidates = take(candidates, candidates["rank"] < most)
+    row, matched = candidates["row"], candidates["matched"]
+    in_area = dt["in_area"] & (dt["rank"] < most)
+
+    # precision at each candidate; with COCO's epsilon, a perfect first hit is 1 - 2.2e-16
+    right = candidates["true_positive"].cumsum(axis=0)                              # (C, T)
+    wrong = in_area.cumsum()[row, None] - (matched & in_area[row, None]).cumsum(axis=0)
+    precision = right / (right + wrong + np.spacing(1))
+
+    # the best precision at this recall or a higher one, and 0 for a recall that is not reached
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    best = np.vstack([best, np.zeros(best.shape[1])])                               # (C + 1, T)
+    score = np.append(dt["score"][row], 0)
+
+    # read where the recall thresholds are reached; the score at recall 0 is the highest of all
+    needed = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)              # (R,)
+    first = np.stack([np.searchsorted(column, needed) for column in right.T])       # (T, R)
+    scores = score[first]
+    scores[:, needed == 0] = dt["score"][0] if len(dt["score"]) else 0
+    return dict(precision=best[first, np.arange(len(first))[:, None]], scores=scores,
+                recall=candidates["true_positive"].sum(axis=0) / num_gt)
 
 
 def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
                      area_ranges=AREA_RANGES, strict=False):
-    """COCO evaluation from columns, arrays with one row per object.
+    """COCO evaluation from columns, see the top of this file; categories are below num_classes.
 
-    gt: "image" (G,) int64, "category" (G,) int64 below num_classes, "box" (G, 4) float64 x, y, w,
-    h in pixels, "area" (G,) float64, "crowd" (G,) bool; "lost" (G,) bool, if any are never to count
-    as found. dt: "image", "category", "box" alike and
-    "score" (D,) float64; "area" if it is not w * h. With "mask" in both, masks are compared, see
-    mask_edges, and the boxes bound them. Among equal scores the lower image index comes first, so
-    indices must follow the image ids; within an image the order of rows decides.
+    Among equal scores the lower image index comes first, so indices must follow the image ids;
+    within an image the order of rows decides. strict: see summary_rows.
 
     Returns a dict: "precision" and "scores" (T, R, K, A, M), "recall" (T, K, A, M), for IoU
     thresholds, recall thresholds, classes, areas and max_dets, the best detections per image and
-    class; -1 without ground truth. "stats" (12,): see summary_rows, of which strict is an
-    argument. "num_gt" (K, A) counts what is not ignored.
+    class; -1 without ground truth. "stats" (12,): see summary_rows. "num_gt" (K, A): ground truth
+    that is not ignored. And all of its arguments from iou_thrs on.
 
     Example, at IoU 0.5: two boxes A and B; detections by score overlap A by 0.8, A by 0.6, B by
     0.7. The first takes A, the second comes too late, the third takes B. Precision 1, 1/2, 2/3
@@ -147,39 +211,35 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     2/3 for the other 50, mean 0.835. AP is the mean of this over IoU thresholds and classes.
     Source: cocoeval.py of the COCO API.
     """
-    iou_thrs, max_dets = np.asarray(iou_thrs, np.float64), sorted(int(n) for n in max_dets)
     T, R, K, A, M = len(iou_thrs), len(rec_thrs), num_classes, len(area_ranges), len(max_dets)
-    precision, scores = np.full((2, T, R, K, A, M), -1.0)
-    recall, num_gt = np.full((T, K, A, M), -1.0), np.zeros((K, A), np.int64)
+    result = dict(iou_thrs=np.asarray(iou_thrs, np.float64), max_dets=sorted(map(int, max_dets)),
+                  rec_thrs=np.asarray(rec_thrs, np.float64), area_ranges=area_ranges, strict=strict,
+                  precision=np.full((T, R, K, A, M), -1.0), recall=np.full((T, K, A, M), -1.0),
+                  scores=np.full((T, R, K, A, M), -1.0), num_gt=np.zeros((K, A), np.int64))
+    gt = {"never_found": np.zeros(len(gt["image"]), bool), **gt}
+    dt = {"area": dt["box"][:, 2] * dt["box"][:, 3], **dt}
+
+    # all pairs that may match, and the candidates: the detections that are in a pair
     gt, dt = with_cells(gt, dt)
-    dt = take(dt, np.lexsort((dt["image"], -dt["score"], dt["category"])))  # last key first, stable
-    rank = count_before(dt["cell"])
-    dt, rank = take(dt, rank < max_dets[-1]), rank[rank < max_dets[-1]]
-    d, g, iou = find_pairs(gt, dt, min(*iou_thrs, 1 - 1e-10))
-    hits, d = np.unique(d, return_inverse=True)                 # the H detections that have a pair
-    dt_ends, hit_ends = (np.searchsorted(c, np.arange(K + 1))
-                         for c in (dt["category"], dt["category"][hits]))
-    area = dt["area"] if "area" in dt else dt["box"][:, 2] * dt["box"][:, 3]
-    lost = gt.get("lost", np.zeros(len(gt["cell"]), bool))
-    for a, (low, high) in enumerate(area_ranges.values()):
-        ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
-        num_gt[:, a] = np.bincount(gt["category"][~ignored], minlength=K)
-        truth = match_pairs(d, g, iou, dt["cell"][hits], ignored, gt["crowd"], iou_thrs)
-        matched = (truth >= 0) & ~(lost & ~ignored)[truth]                          # (H, T)
-        counted = matched & ~ignored[truth]
-        judged = ~((area < low) | (area > high))                                    # (D,)
-        for k in np.flatnonzero(num_gt[:, a]):
-            own, own_hits = slice(*dt_ends[k:k + 2]), slice(*hit_ends[k:k + 2])
-            for m, cut in enumerate(max_dets):
-                n = rank[hits[own_hits]] < cut
-                precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = \
-                    precision_at_recall(hits[own_hits][n] - dt_ends[k], matched[own_hits][n],
-                                        counted[own_hits][n], judged[own] & (rank[own] < cut),
-                                        dt["score"][own], num_gt[k, a], rec_thrs)
-    result = dict(precision=precision, recall=recall, scores=scores, num_gt=num_gt,
-                  iou_thrs=iou_thrs, rec_thrs=np.asarray(rec_thrs, np.float64),
-                  max_dets=max_dets, area_ranges=area_ranges, strict=strict)
-    result["stats"] = np.array([mean_over(result, *row) for row in summary_rows(max_dets, strict)])
+    dt = best_detections(dt, result["max_dets"][-1])
+    least_iou = np.minimum(result["iou_thrs"], 1 - 1e-10)       # 1 allows for rounding
+    d, g, iou = find_pairs(gt, dt, least_iou.min())
+    rows, d = np.unique(d, return_inverse=True)
+    candidates = {name: dt[name][rows] for name in ("cell", "category", "rank", "row")}
+
+    for a, area_range in enumerate(area_ranges.values()):
+        ignored, judged, found = judge(gt, dt, candidates, (d, g, iou), area_range, least_iou)
+        num_gt = np.bincount(gt["category"][~ignored], minlength=K)
+        result["num_gt"][:, a] = num_gt
+        for k in np.flatnonzero(num_gt):
+            own, own_found = of_class(judged, k), of_class(found, k)
+            for m, most in enumerate(result["max_dets"]):
+                curve = precision_at_recall(own, own_found, num_gt[k], rec_thrs, most)
+                for name, values in curve.items():
+                    result[name][..., k, a, m] = values
+
+    summarized = summary_rows(result["max_dets"], strict)
+    result["stats"] = np.array([mean_over(result, *row) for row in summarized])
     return result
 
 
@@ -190,20 +250,22 @@ def summary_rows(max_dets, strict=False):
     first, second and last of max_dets. strict, as pycocotools: max_dets[2] wherever the last is
     meant, IndexError if there is none; and the first AP is at 100 exactly.
     """
-    sizes, last = ("small", "medium", "large"), max_dets[2] if strict else max_dets[-1]
-    cuts = max_dets[0], max_dets[:2][-1], last
+    sizes = "small", "medium", "large"
+    last = max_dets[2] if strict else max_dets[-1]
+    second = max_dets[min(1, len(max_dets) - 1)]
     return ([("precision", None, "all", 100 if strict else last)]
             + [("precision", iou, "all", last) for iou in (0.5, 0.75)]
             + [("precision", None, size, last) for size in sizes]
-            + [("recall", None, "all", cut) for cut in cuts]
+            + [("recall", None, "all", most) for most in (max_dets[0], second, last)]
             + [("recall", None, size, last) for size in sizes])
 
 
-def mean_over(result, array, iou, area, cut):
+def mean_over(result, array, iou, area, most):
     """Mean of "precision" or "recall" over the classes with ground truth, -1.0 if none has."""
     x = result[array][..., [name == area for name in result["area_ranges"]], :]
-    x = x[..., [n == cut for n in result["max_dets"]]]
-    x = x if iou is None else x[result["iou_thrs"] == iou]
+    x = x[..., [n == most for n in result["max_dets"]]]
+    if iou is not None:
+        x = x[result["iou_thrs"] == iou]
     x = x[x > -1]
     return x.mean() if x.size else -1.0
 
@@ -212,22 +274,27 @@ def per_class(result):
     """A dict for each class with a name: "id", "name", "objects", and "AP", "AP50", "AR" over all
     areas at the most detections, nan without ground truth or without that IoU threshold."""
     a = list(result["area_ranges"]).index("all") if "all" in result["area_ranges"] else 0
-    curves = result["precision"][..., a, -1].mean(axis=1), result["recall"][..., a, -1]     # (T, K)
-    ap, ar = (np.where(x > -1, x, np.nan) for x in curves)
-    ap50 = np.vstack([ap[result["iou_thrs"] == 0.5], np.nan * ap[:1]])[0]
-    rows = zip(result["category_ids"], result["classes"], result["num_gt"][:, a].tolist(),
+    ap = result["precision"][..., a, -1].mean(axis=1)                               # (T, K)
+    ar = result["recall"][..., a, -1]                                               # (T, K)
+    ap, ar = np.where(ap > -1, ap, np.nan), np.where(ar > -1, ar, np.nan)
+    ap50 = np.full(ap.shape[1], np.nan)
+    for t in np.flatnonzero(result["iou_thrs"] == 0.5)[:1]:
+        ap50 = ap[t]
+
+    columns = (result["category_ids"], result["classes"], result["num_gt"][:, a].tolist(),
                ap.mean(axis=0).tolist(), ap50.tolist(), ar.mean(axis=0).tolist())
-    return [dict(zip(("id", "name", "objects", "AP", "AP50", "AR"), row)) for row in rows if row[1]]
+    rows = [dict(zip(("id", "name", "objects", "AP", "AP50", "AR"), row)) for row in zip(*columns)]
+    return [row for row in rows if row["name"]]
 
 
 def summary(result):
     """The 12 lines that COCO users know, as one string."""
     iou_thrs, lines = result["iou_thrs"], []
     rows = summary_rows(result["max_dets"], result["strict"])
-    for (array, iou, area, cut), value in zip(rows, result["stats"]):
+    for (array, iou, area, most), value in zip(rows, result["stats"]):
         name = "Average Precision  (AP)" if array == "precision" else "Average Recall     (AR)"
         span = f"{iou_thrs[0]:.2f}:{iou_thrs[-1]:.2f}" if iou is None else f"{iou:.2f}"
-        where = f"IoU={span:<9} | area={area:>6} | maxDets={cut:>3}"
+        where = f"IoU={span:<9} | area={area:>6} | maxDets={most:>3}"
         lines.append(f" {name} @[ {where} ] = {value:.3f}")
     return "\n".join(lines)
 
@@ -236,9 +303,10 @@ def ap_table(result):
     """Average precision by class, the best first, as lines; "-" for a class without objects."""
     rows = sorted(per_class(result), key=lambda r: (r["objects"] == 0, -r["AP"], r["name"]))
     width = max([5] + [len(r["name"]) for r in rows])
-    lines = [f"{'class':{width}s}     AP   AP50  objects"]
-    lines += [f"{r['name']:{width}s}  {r['AP']:5.3f}  {r['AP50']:5.3f}  {r['objects']:7d}"
-              if r["objects"] else f"{r['name']:{width}s}      -      -        0" for r in rows]
+    lines = [f"{'class':{width}}     AP   AP50  objects"]
+    for r in rows:
+        ap, ap50 = (f"{r[name]:.3f}" if r["objects"] else "-" for name in ("AP", "AP50"))
+        lines.append(f"{r['name']:{width}}  {ap:>5}  {ap50:>5}  {r['objects']:7d}")
     return "\n".join(lines)
 
 
@@ -569,7 +637,7 @@ def read_truths(records, what, how):
     if strict:
         last = {r["id"]: i for i, r in enumerate(records)} if len(ids) == len(records) else {}
         last = look_up(records, what, "id", last)
-        columns["lost"] = np.array([r["id"] == 0 for r in records], bool)
+        columns["never_found"] = np.array([r["id"] == 0 for r in records], bool)
         listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
         listed = listed[np.argsort(columns["image"][listed], kind="stable")]
         columns = take(columns, last[listed])
