@@ -338,54 +338,66 @@ def mask_edges(segmentation, h, w):
 
 
 def unpack_counts(text):
-    """Run lengths from COCO's compressed form: 5 bits a character, changes to two runs before."""
-    x = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(int) - 48
+    """Run lengths from COCO's compressed form.
+
+    A character holds 5 bits of a number, the lowest first, and whether another character follows.
+    From the third run on, the number is the difference to the run two before.
+    """
+    code = text.encode() if isinstance(text, str) else text
+    x = np.frombuffer(code, np.uint8).astype(int) - 48
     last = (x & 32) == 0                                        # of its number
     if not len(x) or (x < 0).any() or (x > 63).any() or not last[-1]:
         raise ValueError("compressed counts that are cut short or not of this code")
-    number = np.cumsum(last) - last                             # which number a character is of
-    place = count_before(number)
+    number = np.cumsum(last) - last                             # which one a character belongs to
+    place = count_before(number)                                # and where in it
     if place.max() > 10:
         raise ValueError("compressed counts with a number beyond all images")
+
+    bits = (x & 31) << 5 * place
     sign = np.where(last & (x & 16 > 0), -32 << 5 * place, 0)   # two's complement
-    values = np.zeros(number[-1] + 1, np.int64)
-    np.add.at(values, number, ((x & 31) << 5 * place) + sign)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    counts = np.zeros(number[-1] + 1, np.int64)
+    np.add.at(counts, number, bits + sign)
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return counts
 
 
 def polygon_edges(ring, h, w):
-    """Edges of one polygon, x0, y0, x1, y1, ... in pixels: inside by even and odd crossings.
-
-    The outline is walked on a grid five times finer; where it steps from one column of pixels to
-    the next, it crosses there, and a run begins or ends.
-    """
+    """Edges of one polygon, x0, y0, x1, y1, ... in pixels: inside by even and odd crossings."""
     ring = np.array(ring)
     if ring.dtype.kind not in "iuf" or ring.ndim != 1 or len(ring) < 6 or len(ring) % 2:
         raise ValueError("a polygon that is not x, y of three points or more")
     if not (np.abs(ring) < 1e6).all():
         raise ValueError("a polygon with a coordinate beyond a million pixels")
+
+    # its sides, on a grid five times finer
     x, y = np.trunc(5.0 * ring + 0.5).astype(np.int64).reshape(-1, 2).T
     x1, y1 = np.roll(x, -1), np.roll(y, -1)
     length = np.maximum(np.abs(x1 - x), np.abs(y1 - y))         # steps, along the longer axis
     if length.sum() > 2**22:                                    # bounds the memory
         raise ValueError("a polygon with an outline of more than 800,000 pixels")
+
+    # each side from its lower end, so that it is rounded alike in both directions
     steep = np.abs(x1 - x) < np.abs(y1 - y)
-    back = np.where(steep, y > y1, x > x1)                      # always rounded walking upwards
-    x, x1, y, y1 = (np.where(back, *p) for p in ((x1, x), (x, x1), (y1, y), (y, y1)))
+    back = np.where(steep, y > y1, x > x1)
+    x, x1 = np.where(back, x1, x), np.where(back, x, x1)
+    y, y1 = np.where(back, y1, y), np.where(back, y, y1)
     slope = np.where(steep, x1 - x, y1 - y) / np.maximum(length, 1)
 
-    edge = np.repeat(np.arange(len(x)), length + 1)
-    t = count_before(edge)
-    t = np.where(back[edge], length[edge] - t, t)
-    along, across = np.where(steep, y, x)[edge] + t, np.where(steep, x, y)[edge]
-    across = np.trunc(across + slope[edge] * t + 0.5).astype(np.int64)
-    u, v = np.where(steep[edge], across, along), np.where(steep[edge], along, across)
+    # all points u, v of the outline, in its own direction again
+    side = np.repeat(np.arange(len(x)), length + 1)
+    t = count_before(side)
+    t = np.where(back[side], length[side] - t, t)
+    along = np.where(steep, y, x)[side] + t
+    across = np.where(steep, x, y)[side] + slope[side] * t
+    across = np.trunc(across + 0.5).astype(np.int64)
+    u, v = np.where(steep[side], across, along), np.where(steep[side], along, across)
 
+    # where the outline enters another column of pixels, a run of pixels begins or ends
     step = np.flatnonzero(np.diff(u))
-    column = (np.where(u[step + 1] < u[step], u[step + 1], u[step + 1] - 1) + 0.5) / 5 - 0.5
-    row = np.ceil(((np.minimum(v[step], v[step + 1]) + 0.5) / 5 - 0.5).clip(0, h))
+    column = (np.minimum(u[step], u[step + 1]) + 0.5) / 5 - 0.5
+    row = (np.minimum(v[step], v[step + 1]) + 0.5) / 5 - 0.5
+    row = np.ceil(row.clip(0, h))
     inside = (column == np.floor(column)) & (column >= 0) & (column <= w - 1)
     return np.sort((column * h + row)[inside].astype(np.int64))     # even: it goes there and back
 
@@ -393,10 +405,11 @@ def polygon_edges(ring, h, w):
 def unite(masks):
     """The edges of the union of masks."""
     edges = np.concatenate(masks)
-    change = np.tile([1, -1], len(edges) // 2)
-    order = np.lexsort((-change, edges))                        # a run that touches goes on
-    depth = np.cumsum(change[order])
-    return edges[order][(depth == 0) | (depth == 1) & (change[order] == 1)]
+    change = np.tile([1, -1], len(edges) // 2)                  # a run begins, a run ends
+    order = np.lexsort((-change, edges))                        # touching runs become one
+    depth = np.cumsum(change[order])                            # masks that cover what follows
+    begins = (depth == 1) & (change[order] == 1)
+    return edges[order][begins | (depth == 0)]
 
 
 def mask_area(mask):
@@ -409,26 +422,32 @@ def mask_box(mask, h):
     runs = mask.reshape(-1, 2)[mask[1::2] > mask[::2]]          # (runs, 2), without empty ones
     if not len(runs):
         return [0, 0, 0, 0]
-    (x, y), (x1, y1) = (divmod(p, h) for p in (runs[:, 0], runs[:, 1] - 1))
+    x, y = divmod(runs[:, 0], h)
+    x1, y1 = divmod(runs[:, 1] - 1, h)
     top, bottom = (0, h - 1) if (x < x1).any() else (y.min(), y1.max())
     return [x.min(), top, x1.max() - x.min() + 1, bottom - top + 1]
 
 
 def mask_overlap(dt, gt, crowd):
     """IoU of pairs of masks, two object arrays (P,); with a crowd, the share of dt inside it."""
+    # all pairs on one line of pixels, one after the other
     size = 1 + max(mask.max(initial=0) for mask in (*dt, *gt))
     pair = np.arange(len(dt))
-    (d, d_pair), (g, g_pair) = ((np.concatenate(masks), np.repeat(pair, [len(m) for m in masks]))
-                                for masks in (dt, gt))
-    d, g = d + size * d_pair, g + size * g_pair                 # all pairs on one line of pixels
+    d_pair = np.repeat(pair, [len(mask) for mask in dt])
+    g_pair = np.repeat(pair, [len(mask) for mask in gt])
+    d, g = np.concatenate(dt) + size * d_pair, np.concatenate(gt) + size * g_pair
+
+    # pixels of dt before each edge of gt: in the runs that end before it, and in the next run
     length = d[1::2] - d[::2]
-    i = np.searchsorted(d[1::2], g)                             # first run of dt that ends there
-    before = np.append(0, np.cumsum(length))[i]                 # pixels of dt in the runs before it
-    before += np.maximum(g - np.append(d[::2], g.max(initial=0))[i], 0)             # and in it
-    areas = [np.bincount(owner[::2], pixels, len(pair)) for owner, pixels in (
-        (d_pair, length), (g_pair, g[1::2] - g[::2]), (g_pair, before[1::2] - before[::2]))]
-    union = np.where(crowd, areas[0], areas[0] + areas[1] - areas[2])
-    return np.divide(areas[2], union, out=np.zeros(len(pair)), where=areas[2] > 0)
+    run = np.searchsorted(d[1::2], g)
+    before = np.append(0, np.cumsum(length))[run]
+    before += np.maximum(g - np.append(d[::2], g.max(initial=0))[run], 0)
+
+    dt_area = np.bincount(d_pair[::2], length, len(pair))
+    gt_area = np.bincount(g_pair[::2], g[1::2] - g[::2], len(pair))
+    both = np.bincount(g_pair[::2], before[1::2] - before[::2], len(pair))
+    union = np.where(crowd, dt_area, dt_area + gt_area - both)
+    return np.divide(both, union, out=np.zeros(len(pair)), where=both > 0)
 
 
 # -- COCO files ----------------------------------------------------------------------------------
