@@ -24,8 +24,6 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -412,11 +410,6 @@ def unite(masks):
     return edges[order][begins | (depth == 0)]
 
 
-def mask_area(mask):
-    """Pixels of a mask."""
-    return (mask[1::2] - mask[::2]).sum()
-
-
 def mask_box(mask, h):
     """x, y, w, h of the box around a mask; a run over several columns spans all rows."""
     runs = mask.reshape(-1, 2)[mask[1::2] > mask[::2]]          # (runs, 2), without empty ones
@@ -450,12 +443,12 @@ def mask_overlap(dt, gt, crowd):
     return np.divide(both, union, out=np.zeros(len(pair)), where=both > 0)
 
 
-# -- COCO files ----------------------------------------------------------------------------------
+# -- reading of COCO files -----------------------------------------------------------------------
 
 def read_json(path, what):
     """The JSON in a file; errors name the file, `what` says what it should hold."""
     collects = gc.isenabled()
-    gc.disable()                # it would walk through all that is read so far, again and again
+    gc.disable()                                    # it would rescan the growing tree many times
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
@@ -470,97 +463,52 @@ def read_json(path, what):
             gc.enable()
 
 
-def read_numbers(records, what, field, *shape, default=None, strict=False):
-    """One field of all records, (n, *shape) float64. ValueError names the first record at fault.
+def read_sides(gt, dt):
+    """(ground truth, detections, and the names by which an error calls a record of each): dict and
+    list as they are, or from their files."""
+    gt_record, dt_record = "annotation", "detection"
+    if isinstance(gt, (str, os.PathLike)):
+        gt, gt_record = read_json(gt, "a COCO instances file"), f"{gt}: annotation"
+    if isinstance(dt, (str, os.PathLike)):
+        what = "a list of detections in COCO results format"
+        dt, dt_record = read_json(dt, what), f"{dt}: detection"
+    if isinstance(dt, np.ndarray) and dt.ndim == 2 and dt.shape[1] == 7:    # so does pycocotools
+        dt = [dict(image_id=i, bbox=box, score=s, category_id=k) for i, *box, s, k in dt.tolist()]
 
-    default: one value per record, for a field that is absent or null. Numbers must be below 1e100
-    (a score may be infinite), width and height of a box 0 or more; strict allows negative sizes
-    and any area.
-    """
-    values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
-    if default is not None:
-        values = [d if v is None else v for v, d in zip(values, default)]
-
-    def read(values):
-        try:
-            x = np.array(values)
-        except ValueError:                                      # of uneven length
-            return None
-        if x.dtype.kind not in "biuf" or x.shape[1:] != shape:
-            return None
-        if field == "score":
-            valid = ~np.isnan(x)
-        elif field == "bbox":
-            valid = (np.abs(x) < 1e100).all(axis=1) & (strict | (x[:, 2:] >= 0).all(axis=1))
-        else:
-            valid = strict | (np.abs(x) < 1e100)
-        return x if valid.all() else None
-
-    x = read(values) if values else np.zeros((0, *shape))
-    if x is None:
-        i = next(i for i, value in enumerate(values) if read([value]) is None)
-        wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
-        remedy = ("use --iou_type segm for masks" if field == "bbox" and "segmentation" in
-                  records[i] and values[i] is None else "correct or drop it")
-        raise ValueError(f"{what} {i} should have {wanted} as its {field}, {remedy}: "
-                         f"{str(records[i])[:300]}")
-    return x.astype(np.float64)
+    if not isinstance(gt, dict) or not isinstance(gt.get("annotations") or [], list):
+        raise ValueError(f"{gt_record}s: the ground truth should be a COCO instances dict with a "
+                         f"list of annotations, not a {type(gt).__name__}; are the two swapped?")
+    if not isinstance(dt, (list, tuple)):
+        raise ValueError(f"{dt_record}s: they should be a list of dicts, not a "
+                         f"{type(dt).__name__}; are the two swapped?")
+    return gt, dt, gt_record, dt_record
 
 
-def read_masks(records, what, image, sizes):
-    """The masks of all records, object array (n,), and the boxes around them, (n, 4) float64.
-
-    image (n,): index of each one's image, -1 to leave it out; sizes: (height, width) by index.
-    """
-    masks, boxes = np.empty(len(records), object), np.zeros((len(records), 4))
-    for i in np.flatnonzero(image >= 0).tolist():
-        r, (h, w) = records[i], sizes[image[i]]
-        try:
-            if not (type(h) is type(w) is int and h > 0 and w > 0):
-                raise ValueError(f"an image of height {h!r} and width {w!r} in the ground truth")
-            masks[i] = mask_edges(r.get("segmentation"), h, w)
-        except (OverflowError, TypeError, ValueError) as error:
-            remedy = ("correct or drop it" if "segmentation" in r or "bbox" not in r else
-                      "use --iou_type bbox for boxes")
-            raise ValueError(f"{what} {i} should have polygons or a run-length code of its image's "
-                             f"size as its segmentation, it has {error}, {remedy}: "
-                             f"{str(r)[:300]}") from None
-        boxes[i] = mask_box(masks[i], h)
-    return masks, boxes
-
-
-def id_index(gt, field):
-    """Id -> index by ascending id, of gt["images"] or gt["categories"]."""
+def as_numbers(values):
+    """The values as a float64 array; None if one is not a number, or they are uneven."""
     try:
-        return {id_: i for i, id_ in enumerate(sorted({r["id"] for r in gt[field]}))}
-    except (KeyError, TypeError):
-        raise ValueError(f"ground truth: {field!r} should list dicts that have an 'id', all int or "
-                         "all str; is this a COCO instances file?") from None
+        x = np.asarray(values)
+    except ValueError:
+        return None
+    return x.astype(np.float64) if x.dtype.kind in "biuf" else None
 
 
-def subset(index, chosen, what, order=sorted):
-    """The id -> index of the chosen ids alone, in that order; all if chosen is None."""
-    if chosen is None:
-        return index
-    try:
-        chosen = list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
-    except TypeError:
-        raise ValueError(f"{what} {chosen!r} should be a list of ids") from None
-    unknown = [i for i in chosen if i not in index]
-    if unknown:
-        raise ValueError(f"{what} {unknown[:5]} chosen, the ground truth has {describe_ids(index)}")
-    return {id_: i for i, id_ in enumerate(order(chosen))}
-
-
-def look_up(records, what, field, index):
-    """The index of each record's id, int64 (n,), -1 for one that is not there."""
-    try:
-        return np.fromiter((index.get(r[field], -1) for r in records), np.int64, len(records))
-    except (AttributeError, KeyError, TypeError):
-        i, r = next((i, r) for i, r in enumerate(records) if not isinstance(r, dict)
-                    or not isinstance(r.get(field), (int, float, str)))
-        raise ValueError(f"{what} {i} should be a dict with an int or str as its {field}: "
-                         f"{str(r)[:300]}") from None
+def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
+    """Raises ValueError for what evaluate_columns cannot take."""
+    if iou_type not in ("bbox", "segm"):
+        raise ValueError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
+    for name, values in (("iou_thrs", iou_thrs), ("rec_thrs", rec_thrs), ("max_dets", max_dets)):
+        x = as_numbers(values)
+        if x is None or x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+            raise ValueError(f"{name} {values!r} should be a list of one number or more")
+        if name == "rec_thrs" and (np.diff(x) < 0).any():
+            raise ValueError(f"rec_thrs {values!r} should ascend")
+        if name == "max_dets" and ((x < 1) | (x % 1 > 0)).any():
+            raise ValueError(f"max_dets {values!r} should be whole numbers of 1 or more")
+    x = as_numbers(list(area_ranges.values())) if isinstance(area_ranges, dict) else None
+    if x is None or x.ndim != 2 or x.shape[1] != 2 or not (x[:, 0] <= x[:, 1]).all():
+        raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
+                         f"name, as in {AREA_RANGES}")
 
 
 def describe_ids(ids):
@@ -570,12 +518,47 @@ def describe_ids(ids):
     return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
 
 
-def check_listed(dt, field, found, index):
-    """Raises ValueError, showing the ids of both sides, if a detection's id is not in index.
+def index_ids(gt, field, chosen, name, order=sorted):
+    """Id -> index of all gt["images"] or gt["categories"], -1 for an id that is not chosen.
 
-    found (D,): below 0 where it may be missing.
+    chosen: ids, in any order, or None for all; an error calls them by `name`. order: of the index.
     """
-    bad = [i for i in np.flatnonzero(found < 0).tolist() if dt[i][field] not in index]
+    try:
+        listed = sorted({r["id"] for r in gt[field]})
+    except (KeyError, TypeError):
+        raise ValueError(f"ground truth: {field!r} should list dicts that have an 'id', all int or "
+                         "all str; is this a COCO instances file?") from None
+    index = dict.fromkeys(listed, -1)
+    if chosen is None:
+        chosen = listed
+    try:
+        chosen = list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
+    except TypeError:
+        raise ValueError(f"{name} {chosen!r} should be a list of ids") from None
+    unknown = [i for i in chosen if i not in index]
+    if unknown:
+        raise ValueError(f"{name} {unknown[:5]} chosen, the ground truth has {describe_ids(index)}")
+    index.update({id_: i for i, id_ in enumerate(order(chosen))})
+    return index
+
+
+def look_up(records, record, field, index):
+    """The index of each record's id, int64 (n,); -2 for one that the ground truth does not list.
+
+    Raises ValueError that names the first record without an id; `record` is what to call it.
+    """
+    try:
+        return np.fromiter((index.get(r[field], -2) for r in records), np.int64, len(records))
+    except (AttributeError, KeyError, TypeError):
+        i, r = next((i, r) for i, r in enumerate(records) if not isinstance(r, dict)
+                    or not isinstance(r.get(field), (int, float, str)))
+        raise ValueError(f"{record} {i} should be a dict with an int or str as its {field}: "
+                         f"{str(r)[:300]}") from None
+
+
+def check_listed(dt, field, found, index):
+    """Raises ValueError, showing the ids of both sides, where look_up found an unlisted id."""
+    bad = np.flatnonzero(found == -2).tolist()
     if bad:
         first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
         raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
@@ -584,10 +567,153 @@ def check_listed(dt, field, found, index):
                          f"{describe_ids(index)}. Use the file they were made for and its ids")
 
 
+def read_numbers(records, record, field, strict=False, default=None):
+    """One field of all records, float64 (n,), or (n, 4) of "bbox". ValueError names a bad record.
+
+    Numbers must be below 1e100, scores may be infinite, sizes of boxes must be 0 or more; strict
+    allows negative sizes and any area. default: a value for each record that has none, or null.
+    """
+    values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
+    if default is not None:
+        values = [d if v is None else v for v, d in zip(values, default)]
+    shape = (4,) if field == "bbox" else ()
+
+    def read(values):
+        x = as_numbers(values)
+        if x is None or x.shape[1:] != shape:
+            return None
+        valid = ~np.isnan(x) if field == "score" else np.abs(x) < 1e100
+        if field == "bbox" and not strict:
+            valid[:, 2:] &= x[:, 2:] >= 0
+        if field == "area" and strict:
+            valid[:] = True
+        return x if valid.all() else None
+
+    x = read(values) if values else np.zeros((0, *shape))
+    if x is None:
+        i = next(i for i, value in enumerate(values) if read([value]) is None)
+        wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
+        remedy = ("use --iou_type segm for masks" if field == "bbox" and "segmentation" in
+                  records[i] and values[i] is None else "correct or drop it")
+        raise ValueError(f"{record} {i} should have {wanted} as its {field}, {remedy}: "
+                         f"{str(records[i])[:300]}")
+    return x
+
+
+def read_masks(records, record, takes_part, sizes):
+    """Columns "mask", an object array (n,), and "box" and "area" of the masks.
+
+    takes_part (n,) bool: the others have None. sizes: (height, width) of an image by its id.
+    """
+    masks = np.empty(len(records), object)
+    boxes, areas = np.zeros((len(records), 4)), np.zeros(len(records))
+    for i in np.flatnonzero(takes_part).tolist():
+        r = records[i]
+        h, w = sizes[r["image_id"]]
+        try:
+            if not (type(h) is type(w) is int and h > 0 and w > 0):
+                raise ValueError(f"an image of height {h!r} and width {w!r} in the ground truth")
+            masks[i] = mask_edges(r.get("segmentation"), h, w)
+        except (OverflowError, TypeError, ValueError) as error:
+            remedy = ("correct or drop it" if "segmentation" in r or "bbox" not in r else
+                      "use --iou_type bbox for boxes")
+            raise ValueError(f"{record} {i} should have polygons or a run-length code of its "
+                             f"image's size as its segmentation, it has {error}, {remedy}: "
+                             f"{str(r)[:300]}") from None
+        boxes[i], areas[i] = mask_box(masks[i], h), (masks[i][1::2] - masks[i][::2]).sum()
+    return dict(mask=masks, box=boxes, area=areas)
+
+
+def read_objects(records, record, images, categories, sizes, strict):
+    """The columns that annotations and detections share, and their "area".
+
+    images, categories: of index_ids; an object whose image or category is negative takes no part.
+    sizes: (height, width) by image id, to read masks; None to read boxes.
+    """
+    image = look_up(records, record, "image_id", images)
+    category = look_up(records, record, "category_id", categories)
+    if sizes is not None:
+        shapes = read_masks(records, record, (image >= 0) & (category >= 0), sizes)
+    else:
+        box = read_numbers(records, record, "bbox", strict)
+        shapes = dict(box=box, area=box[:, 2] * box[:, 3])
+    return dict(shapes, image=image, category=category)
+
+
+def read_truths(records, record, images, categories, sizes, strict):
+    """Columns of the ground truth; arguments as of read_objects."""
+    columns = read_objects(records, record, images, categories, sizes, strict)
+    if not strict:
+        area, crowd = columns["area"].tolist(), [0] * len(records)
+        columns["area"] = read_numbers(records, record, "area", default=area)
+        columns["crowd"] = read_numbers(records, record, "iscrowd", default=crowd) != 0
+        return columns
+
+    # pycocotools has no defaults, never finds id 0, and takes the last of those that share an id
+    columns["area"] = read_numbers(records, record, "area", strict)
+    columns["crowd"] = read_numbers(records, record, "iscrowd") != 0
+    look_up(records, record, "id", {})                          # raises where there is no id
+    ids = [r["id"] for r in records]
+    columns["never_found"] = np.array([i == 0 for i in ids], bool)
+    last = {id_: i for i, id_ in enumerate(ids)}
+    listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
+    listed = listed[np.argsort(columns["image"][listed], kind="stable")]
+    return take(columns, np.array([last[ids[i]] for i in listed], np.int64))
+
+
+def read_detections(records, record, images, categories, sizes, strict):
+    """Columns of the detections; arguments as of read_objects. Strict passes over those of
+    categories that are not listed, and takes a mask's area from the box beside it."""
+    columns = read_objects(records, record, images, categories, sizes, strict)
+    columns["score"] = read_numbers(records, record, "score")
+    check_listed(records, "image_id", columns["image"], images)
+    if not strict:
+        check_listed(records, "category_id", columns["category"], categories)
+    elif "mask" in columns and records[0].get("bbox"):
+        box = read_numbers(records, record, "bbox", strict)
+        columns["area"] = box[:, 2] * box[:, 3]
+    return columns
+
+
+def class_names(records, ids):
+    """The names of these categories, with the id where two share a name; "?" for what cannot be
+    printed, half of a surrogate pair."""
+    names = {r["id"]: str(r.get("name") or r["id"]).encode(errors="replace").decode()
+             for r in records}
+    uses = Counter(names.values())
+    return [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in ids]
+
+
+# -- what may be wrong ---------------------------------------------------------------------------
+
+def find_differences(annotations, detections, iou_type, max_dets):
+    """What pycocotools does otherwise unless strict, as sentences."""
+    notes = []
+    if iou_type == "segm" and detections and detections[0].get("bbox"):
+        notes.append("the detections have a bbox too: their size is that of their mask here, of "
+                     "the box in pycocotools")
+    ids = [r["id"] for r in annotations if isinstance(r.get("id"), (int, float, str))]
+    if 0 in ids:
+        notes.append("an annotation has the id 0: it counts here, pycocotools never finds it")
+    if len(set(ids)) < len(ids):
+        notes.append("annotations share an id: all count here, pycocotools takes the last for each "
+                     "of them")
+    if 100 not in max_dets:
+        notes.append(f"AP is at {max(max_dets)} detections; pycocotools' is -1 unless 100 is there")
+    return notes
+
+
 def overlapping(gt, dt):
     """How many pairs of one image and class overlap by half, of the first 100 detections there."""
     gt, dt = with_cells(gt, dt)
     return len(find_pairs(gt, take(dt, count_before(dt["cell"]) < 100), 0.5)[0])
+
+
+def from_corners(columns):
+    """The columns, their boxes taken for x0, y0, x1, y1."""
+    box = columns["box"].copy()
+    box[:, 2:] -= box[:, :2]
+    return dict(columns, box=box)
 
 
 def find_causes(gt, dt, names):
@@ -606,140 +732,19 @@ def find_causes(gt, dt, names):
         return ["no detection is on an image that has ground truth"]
     if "mask" in dt:
         return []
-    for what, box, other in (("detections", dt["box"], gt["box"]),
-                             ("ground truth", gt["box"], dt["box"])):
+
+    sides = ("detections", dt["box"], gt["box"]), ("ground truth", gt["box"], dt["box"])
+    for side, box, other in sides:
         if box.max() <= 2 < other.max():
-            return [f"the boxes of the {what} look like fractions of the image, {box[0].tolist()}: "
+            return [f"the boxes of the {side} look like fractions of the image, {box[0].tolist()}: "
                     f"multiply them by its width and height"]
-
-    def sized(columns):
-        box = columns["box"]
-        return dict(columns, box=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1))
-
-    n, notes = overlapping(gt, dt), []
-    for what, sides in (("detections", (gt, sized(dt))), ("ground truth", (sized(gt), dt))):
-        if overlapping(*sides) > max(2 * n, len(gt["image"]) / 10):
-            notes.append(f"the boxes of the {what} look like x0, y0, x1, y1: COCO's are x, y, "
-                         f"width, height")
-    return notes
+    n = overlapping(gt, dt)
+    corners = ("detections", gt, from_corners(dt)), ("ground truth", from_corners(gt), dt)
+    return [f"the boxes of the {side} look like x0, y0, x1, y1: COCO's are x, y, width, height"
+            for side, g, d in corners if overlapping(g, d) > max(2 * n, len(gt["image"]) / 10)]
 
 
-def read_objects(records, what, how):
-    """The columns that annotations and detections share; image or category -1: not listed.
-
-    how: iou_type, images and categories (id -> index), sizes of the images, strict, and notes, to
-    which read_truths and read_detections add what pycocotools would do otherwise.
-    """
-    image = look_up(records, what, "image_id", how.images)
-    category = look_up(records, what, "category_id", how.categories)
-    if how.iou_type == "segm":
-        mask, box = read_masks(records, what, np.where(category < 0, -1, image), how.sizes)
-        return dict(image=image, category=category, box=box, mask=mask)
-    box = read_numbers(records, what, "bbox", 4, strict=how.strict)
-    return dict(image=image, category=category, box=box)
-
-
-def own_area(columns):
-    """Area of each mask, or else box, (n,) float64; 0 for a mask left out."""
-    if "mask" in columns:
-        return np.array([0.0 if m is None else mask_area(m) for m in columns["mask"]], np.float64)
-    return columns["box"][:, 2] * columns["box"][:, 3]
-
-
-def read_truths(records, what, how):
-    """Columns of the ground truth."""
-    columns, strict = read_objects(records, what, how), how.strict
-    area, crowd = (None, None) if strict else (own_area(columns).tolist(), [0] * len(records))
-    columns["area"] = read_numbers(records, what, "area", default=area, strict=strict)
-    columns["crowd"] = read_numbers(records, what, "iscrowd", default=crowd) != 0
-    ids = [r["id"] for r in records if isinstance(r.get("id"), (int, float, str))]
-    if strict:
-        last = {r["id"]: i for i, r in enumerate(records)} if len(ids) == len(records) else {}
-        last = look_up(records, what, "id", last)
-        columns["never_found"] = np.array([r["id"] == 0 for r in records], bool)
-        listed = np.flatnonzero((columns["image"] >= 0) & (columns["category"] >= 0))
-        listed = listed[np.argsort(columns["image"][listed], kind="stable")]
-        columns = take(columns, last[listed])
-    else:
-        if 0 in ids:
-            how.notes.append("an annotation has the id 0: it counts here, pycocotools never finds "
-                             "it")
-        if len(set(ids)) < len(ids):
-            how.notes.append("annotations share an id: all count here, pycocotools takes the last "
-                             "for each of them")
-    return columns
-
-
-def read_detections(records, what, how):
-    """Columns of the detections."""
-    columns = read_objects(records, what, how)
-    columns["score"] = read_numbers(records, what, "score", strict=how.strict)
-    columns["area"] = own_area(columns)
-    if "mask" in columns and records and records[0].get("bbox"):
-        if how.strict:
-            box = read_numbers(records, what, "bbox", 4, strict=True)
-            columns["area"] = box[:, 2] * box[:, 3]
-        else:
-            how.notes.append("the detections have a bbox too: their size is that of their mask "
-                             "here, of the box in pycocotools")
-    return columns
-
-
-def as_array(values):
-    """An array, of no numbers where the values are uneven."""
-    try:
-        return np.asarray(values)
-    except ValueError:
-        return np.empty(0, object)
-
-
-def check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges):
-    """Raises ValueError for what evaluate_columns cannot take."""
-    if iou_type not in ("bbox", "segm"):
-        raise ValueError(f"iou_type {iou_type!r} is unknown, use 'bbox' or 'segm'")
-    for name, values in (("iou_thrs", iou_thrs), ("rec_thrs", rec_thrs), ("max_dets", max_dets)):
-        x = as_array(values)
-        if x.ndim != 1 or not len(x) or x.dtype.kind not in "iuf" or not np.isfinite(x).all():
-            raise ValueError(f"{name} {values!r} should be a list of one number or more")
-        if name == "rec_thrs" and (np.diff(x) < 0).any():
-            raise ValueError(f"rec_thrs {values!r} should ascend")
-        if name == "max_dets" and (x.dtype.kind == "f" or x.min() < 1):
-            raise ValueError(f"max_dets {values!r} should be whole numbers of 1 or more")
-    x = as_array(list(area_ranges.values()) if isinstance(area_ranges, dict) else [])
-    if x.ndim != 2 or x.shape[1] != 2 or x.dtype.kind not in "iuf" or not (x[:, 0] <= x[:, 1]
-                                                                           ).all():
-        raise ValueError(f"area_ranges {area_ranges!r} should be a dict of (least, most) pixels by "
-                         f"name, as in {AREA_RANGES}")
-
-
-def class_names(records, categories):
-    """The names of categories by their records, with the id where two share a name, and "?" for
-    what cannot be printed, half of a surrogate pair."""
-    names = {r["id"]: str(r.get("name") or r["id"]).encode(errors="replace").decode()
-             for r in records}
-    uses = Counter(names.values())
-    return [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in categories]
-
-
-def read_sides(gt, dt):
-    """Ground truth and detections from dict and list, or from their files, and what to call a
-    record of each in an error."""
-    names = ["annotation", "detection"]
-    if isinstance(gt, (str, os.PathLike)):
-        gt, names[0] = read_json(gt, "a COCO instances file"), f"{gt}: annotation"
-    if isinstance(dt, (str, os.PathLike)):
-        dt, names[1] = (read_json(dt, "a list of detections in COCO results format"),
-                        f"{dt}: detection")
-    if isinstance(dt, np.ndarray) and dt.ndim == 2 and dt.shape[1] == 7:    # so does pycocotools
-        dt = [dict(image_id=i, bbox=box, score=s, category_id=k) for i, *box, s, k in dt.tolist()]
-    if not isinstance(gt, dict) or not isinstance(gt.get("annotations") or [], list):
-        raise ValueError(f"{names[0]}s: the ground truth should be a COCO instances dict with a "
-                         f"list of annotations, not a {type(gt).__name__}; are the two swapped?")
-    if not isinstance(dt, (list, tuple)):
-        raise ValueError(f"{names[1]}s: they should be a list of dicts, not a {type(dt).__name__}; "
-                         f"are the two swapped?")
-    return gt, dt, names
-
+# -- the evaluation of two files -----------------------------------------------------------------
 
 def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
               area_ranges=AREA_RANGES, image_ids=None, category_ids=None, use_cats=True,
@@ -764,40 +769,38 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     IndexError. But NaN scores, and boxes that are NaN or infinite, remain a ValueError.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
-    gt, dt, (annotation, detection) = read_sides(gt, dt)
+    gt, dt, gt_record, dt_record = read_sides(gt, dt)
     if strict and (not dt or len(max_dets) < 3):
         raise IndexError("pycocotools, and so strict, needs a detection and three max_dets: there "
                          f"are {len(dt)} and {len(max_dets)}")
-    all_images, all_categories = id_index(gt, "images"), id_index(gt, "categories")
-    images = subset(all_images, image_ids, "image_ids")
-    categories = subset(all_categories, category_ids, "category_ids", sorted if use_cats else list)
-    size_of = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
-    how = SimpleNamespace(iou_type=iou_type, images=images, categories=categories, strict=strict,
-                          sizes=[size_of[i] for i in images], notes=[])
-    found, notes = read_detections(dt, detection, how), how.notes
-    check_listed(dt, "image_id", found["image"], all_images)
-    if not strict:
-        check_listed(dt, "category_id", found["category"], all_categories)
-    truths = read_truths(gt.get("annotations") or [], annotation, how)
-    if not strict and 100 not in max_dets:
-        notes.append(f"AP is at {max(max_dets)} detections; pycocotools' is -1 unless 100 is there")
-    unlisted = ((truths["image"] < 0) | (truths["category"] < 0)).sum()
-    if unlisted and image_ids is None and category_ids is None:
+    order = sorted if use_cats else list
+    images = index_ids(gt, "images", image_ids, "image_ids")
+    categories = index_ids(gt, "categories", category_ids, "category_ids", order)
+    sizes = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
+    how = images, categories, sizes if iou_type == "segm" else None, strict
+    annotations = gt.get("annotations") or []
+    found = read_detections(dt, dt_record, *how)
+    truths = read_truths(annotations, gt_record, *how)
+
+    notes = [] if strict else find_differences(annotations, dt, iou_type, max_dets)
+    unlisted = ((truths["image"] == -2) | (truths["category"] == -2)).sum()
+    if unlisted:
         notes.append(f"{unlisted} annotations are of images or categories that are not listed: "
                      f"they take no part")
     sides = [take(c, (c["image"] >= 0) & (c["category"] >= 0)) for c in (truths, found)]
-    names = class_names(gt["categories"], categories)
+    ids = sorted((i for i in categories if categories[i] >= 0), key=categories.get)
+    names = class_names(gt["categories"], ids)
     if not use_cats:                                            # equal scores keep their order
         sides = [take(c, np.argsort(c["category"], kind="stable")) for c in sides]
         sides = [dict(c, category=np.zeros_like(c["category"])) for c in sides]
-        names, categories = ["all classes"], [-1]
+        names, ids = ["all classes"], [-1]
 
     result = evaluate_columns(*sides, len(names), iou_thrs, rec_thrs, max_dets, area_ranges, strict)
     if result["stats"][1] < 0.1:
         notes += find_causes(*sides, names)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    result.update(category_ids=list(categories), classes=names, notes=notes)
+    result.update(category_ids=ids, classes=names, notes=notes)
     for field in ("AP", "AP50", "AR"):
         result[f"{field.lower()}_per_class"] = {r["name"]: r[field] for r in per_class(result)}
     return result
