@@ -3,18 +3,18 @@
     python coco_eval.py --gt instances.json --dt detections.json
     python coco_eval.py --gt instances.json --dt detections.json --iou_type segm --json out.json
 
-In Python: coco_eval takes COCO's formats, files or dicts and lists; evaluate_columns takes columns,
-which is all that a training loop needs. Columns are a dict of arrays with one row per object:
+In Python, coco_eval takes COCO's formats, as files or as dicts and lists; evaluate_columns takes
+columns, which a training loop has at hand. Columns are a dict of arrays, one row per object:
 
-    ground truth  "image" (G,) and "category" (G,) int64 indices; "box" (G, 4) float64 x, y, width,
-                  height in pixels; "area" (G,) float64 square pixels; "crowd" (G,) bool;
-                  "never_found" (G,) bool, if any are never to count as found
-    detections    "image" (D,), "category" (D,), "box" (D, 4) likewise; "score" (D,) float64;
-                  "area" (D,), if it is not width * height
-    masks         "mask" (G,) and (D,), arrays of what mask_edges returns, which are then compared
-                  in place of the boxes; the boxes must enclose them
+    ground truth  "image" and "category" (G,) int64 indices, "box" (G, 4) float64 x, y, width,
+                  height in pixels, finite, "area" (G,) float64 square pixels, "crowd" (G,) bool;
+                  optional: "never_found" (G,) bool, objects that no detection can find
+    detections    "image", "category" (D,) and "box" (D, 4) likewise, "score" (D,) float64;
+                  optional: "area" (D,), otherwise width * height
+    both          optional: "mask", an object array of mask_edges. Masks are then compared in place
+                  of the boxes, which must enclose them
 
-The evaluation stands first, up to ap_table; masks and the reading of COCO files follow.
+The evaluation stands first, up to ap_table; masks and the reading of COCO files follow it.
 Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 
@@ -51,7 +51,8 @@ def count_before(group):
 
 
 def with_cells(gt, dt):
-    """Both with "cell", one number for each pair of class and image; gt sorted by it."""
+    """Both with "cell", a number for each pair of class and image, and gt sorted by it: objects
+    compete within a cell."""
     images = 1 + max(gt["image"].max(initial=0), dt["image"].max(initial=0))
     gt = dict(gt, cell=gt["category"] * images + gt["image"])
     dt = dict(dt, cell=dt["category"] * images + dt["image"])
@@ -59,10 +60,8 @@ def with_cells(gt, dt):
 
 
 def best_detections(dt, most):
-    """The `most` detections of highest score in each cell, by class, falling score and image.
-
-    Adds "rank" in the cell and "row" in the class, both from 0. Equals keep their order.
-    """
+    """The `most` detections of highest score in each cell, sorted by class, falling score and
+    image (equals keep their order), with "rank" in the cell and "row" in the class, from 0."""
     order = np.lexsort((dt["image"], -dt["score"], dt["category"]))     # last key first, stable
     rank = count_before(dt["cell"][order])
     best = take(dt, order[rank < most])
@@ -84,16 +83,16 @@ def box_overlap(dt, gt, crowd):
 
 
 def find_pairs(gt, dt, least_iou):
-    """All pairs of a detection and a ground truth of one cell that have this IoU or more.
+    """The pairs of a detection and a ground truth of one cell that have this IoU or a higher one.
 
-    gt must be sorted by "cell". With "mask" in both, the IoU is that of the masks. Returns rows d
-    of dt (P,), rows g of gt (P,) and iou (P,), sorted by d, then falling iou, then falling g.
+    gt must be sorted by "cell". Returns rows d of dt (P,), rows g of gt (P,) and iou (P,), sorted
+    by d, then falling iou, then falling g.
     """
-    # the ground truth of a detection's cell: `count` rows from row `first`
+    # the ground truth of a detection's cell: `count` rows from row `first` on
     first = np.searchsorted(gt["cell"], dt["cell"])
     count = np.searchsorted(gt["cell"], dt["cell"], side="right") - first
 
-    # in blocks of detections with about 2**17 pairs, which bounds the memory
+    # blocks of detections with about 2**17 pairs, which bounds the memory
     rows = np.flatnonzero(count)
     block = np.cumsum(count[rows]) // 2**17
     pairs = []
@@ -103,10 +102,9 @@ def find_pairs(gt, dt, least_iou):
         start = np.cumsum(n) - n                                # of each row's pairs
         g = np.repeat(first[rows] - start, n) + np.arange(len(d))   # first, first + 1, ...
         iou = box_overlap(dt["box"][d], gt["box"][g], gt["crowd"][g])
-        if "mask" in dt and iou.any():
-            meet = np.flatnonzero(iou)                          # masks overlap only where boxes do
-            d_mask, g_mask, crowd = dt["mask"][d[meet]], gt["mask"][g[meet]], gt["crowd"][g[meet]]
-            iou[meet] = mask_overlap(d_mask, g_mask, crowd)
+        if "mask" in dt and iou.any():                          # masks meet only where boxes do
+            i = np.flatnonzero(iou)
+            iou[i] = mask_overlap(dt["mask"][d[i]], gt["mask"][g[i]], gt["crowd"][g[i]])
         keep = iou >= least_iou
         pairs.append((d[keep], g[keep], iou[keep]))
 
@@ -116,22 +114,22 @@ def find_pairs(gt, dt, least_iou):
 
 
 def match_pairs(pairs, cell, ignored, crowd, iou_thrs):
-    """The ground truth that each detection finds, at each IoU threshold on its own.
+    """The ground truth that each detection finds: rows of gt, int64 (D, T), -1 for none.
 
-    pairs: d, g, iou of find_pairs, detections in the order of their scores; cell (D,) of each
-    detection; ignored, crowd (G,) bool; iou_thrs (T,). Returns rows of gt, int64 (D, T), -1 for
-    none. The detection of highest score chooses first: of the ground truths that it reaches and
-    that are not taken, the one of highest IoU (of equals the last), but an ignored one only if it
-    reaches no other. A crowd is never used up.
+    pairs: d, g and iou of find_pairs; cell (D,) of the detections, which are sorted by falling
+    score; ignored, crowd (G,) bool; iou_thrs (T,), each of which is matched on its own. The
+    detection of highest score chooses first: of the ground truths that are not taken, that of
+    highest IoU (of equals the last), but any that counts before an ignored one. Any number of
+    detections may find a crowd.
     """
-    # each detection's pairs in the order of its choice: ignored ground truth last
+    # each detection's pairs in the order in which it chooses
     d, g, iou = pairs
     order = np.argsort(2 * d + ignored[g], kind="stable")
     d, g = d[order], g[order]
     reached = iou[order, None] >= iou_thrs                                          # (P, T)
 
-    # then matching is greedy: a pair is a match if neither side is taken. Cells are independent,
-    # so step s decides the s-th pair of every cell
+    # matching is now greedy: a pair is a match if neither side is taken. Cells are independent, so
+    # step s decides the s-th pair of every cell
     gt_of_det = np.full((len(cell), len(iou_thrs)), -1)
     taken = np.zeros((len(crowd), len(iou_thrs)), bool)
     step = count_before(cell[d])
@@ -145,34 +143,36 @@ def match_pairs(pairs, cell, ignored, crowd, iou_thrs):
 
 
 def judge(gt, dt, candidates, pairs, area_range, iou_thrs):
-    """What counts for a range of areas: ignored (G,) bool; dt, and candidates, with new columns.
+    """Who counts within a range of areas: ignored (G,), and dt and candidates with new columns.
 
     ignored: crowds and ground truth of other areas; a detection that finds one is neither right
     nor wrong. "in_area" (D,): detections that are wrong if they find nothing. "matched" and
-    "true_positive" (C, T): candidates that find any ground truth, and one that is not ignored.
+    "true_positive" (C, T): candidates that find a ground truth, and one that is not ignored.
     """
     low, high = area_range
     ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
     in_area = (dt["area"] >= low) & (dt["area"] <= high)
     gt_of_det = match_pairs(pairs, candidates["cell"], ignored, gt["crowd"], iou_thrs)
-    matched = (gt_of_det >= 0) & ~(gt["never_found"] & ~ignored)[gt_of_det]         # (C, T)
+    in_vain = gt["never_found"] & ~ignored                      # taken, but nobody's match
+    matched = (gt_of_det >= 0) & ~in_vain[gt_of_det]                                # (C, T)
     true_positive = matched & ~ignored[gt_of_det]
     return (ignored, dict(dt, in_area=in_area),
             dict(candidates, matched=matched, true_positive=true_positive))
 
 
 def precision_at_recall(dt, candidates, num_gt, rec_thrs, most):
-    """The curve of one class: "precision" (T, R), "recall" (T,) and "scores" (T, R), a dict.
+    """The curve of one class: a dict of "precision" and "scores" (T, R) and "recall" (T,).
 
-    dt, candidates: its columns as judge returns them; num_gt: its ground truth that is not ignored;
-    of each image the `most` best detections count. Precision and scores are those where a recall
-    threshold is reached, 0 for one that is not; recall is that of all detections.
+    dt, candidates: columns of judge; num_gt: how many are to be found; of each image the `most`
+    best detections take part. Precision and score are those at which a recall threshold is reached,
+    0 for one that is not; recall is that of all detections.
     """
     candidates = take(candidates, candidates["rank"] < most)
     row, matched = candidates["row"], candidates["matched"]
     in_area = dt["in_area"] & (dt["rank"] < most)
 
-    # precision at each candidate; with COCO's epsilon, a perfect first hit is 1 - 2.2e-16
+    # precision at each candidate. Wrong: detections up to it that should have matched and did not.
+    # COCO's epsilon makes the precision of a perfect first hit 1 - 2.2e-16
     right = candidates["true_positive"].cumsum(axis=0)                              # (C, T)
     wrong = in_area.cumsum()[row, None] - (matched & in_area[row, None]).cumsum(axis=0)
     precision = right / (right + wrong + np.spacing(1))
@@ -182,7 +182,7 @@ def precision_at_recall(dt, candidates, num_gt, rec_thrs, most):
     best = np.vstack([best, np.zeros(best.shape[1])])                               # (C + 1, T)
     score = np.append(dt["score"][row], 0)
 
-    # read where the recall thresholds are reached; the score at recall 0 is the highest of all
+    # where each recall threshold is reached; the score at recall 0 is that of the best detection
     needed = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)              # (R,)
     first = np.stack([np.searchsorted(column, needed) for column in right.T])       # (T, R)
     scores = score[first]
@@ -195,13 +195,13 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
                      area_ranges=AREA_RANGES, strict=False):
     """COCO evaluation from columns, see the top of this file; categories are below num_classes.
 
-    Among equal scores the lower image index comes first, so indices must follow the image ids;
-    within an image the order of rows decides. strict: see summary_rows.
+    Of equal scores, that of the lower image index is taken as the higher one, so indices should
+    follow the image ids; within an image the order of rows decides. strict: see summary_rows.
 
     Returns a dict: "precision" and "scores" (T, R, K, A, M), "recall" (T, K, A, M), for IoU
     thresholds, recall thresholds, classes, areas and max_dets, the best detections per image and
-    class; -1 without ground truth. "stats" (12,): see summary_rows. "num_gt" (K, A): ground truth
-    that is not ignored. And all of its arguments from iou_thrs on.
+    class, -1 without ground truth; "num_gt" (K, A), ground truth that is not ignored; "stats"
+    (12,), see summary_rows; and the arguments from iou_thrs on.
 
     Example, at IoU 0.5: two boxes A and B; detections by score overlap A by 0.8, A by 0.6, B by
     0.7. The first takes A, the second comes too late, the third takes B. Precision 1, 1/2, 2/3
@@ -217,14 +217,15 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     gt = {"never_found": np.zeros(len(gt["image"]), bool), **gt}
     dt = {"area": dt["box"][:, 2] * dt["box"][:, 3], **dt}
 
-    # all pairs that may match, and the candidates: the detections that are in a pair
+    # the pairs that may match, and the candidates: those detections that are in a pair
     gt, dt = with_cells(gt, dt)
     dt = best_detections(dt, result["max_dets"][-1])
     least_iou = np.minimum(result["iou_thrs"], 1 - 1e-10)       # 1 allows for rounding
     d, g, iou = find_pairs(gt, dt, least_iou.min())
-    rows, d = np.unique(d, return_inverse=True)
-    candidates = {name: dt[name][rows] for name in ("cell", "category", "rank", "row")}
+    of_candidate, d = np.unique(d, return_inverse=True)
+    candidates = {name: dt[name][of_candidate] for name in ("cell", "category", "rank", "row")}
 
+    # a matching for each range of areas, a curve for each class and number of detections
     for a, area_range in enumerate(area_ranges.values()):
         ignored, judged, found = judge(gt, dt, candidates, (d, g, iou), area_range, least_iou)
         num_gt = np.bincount(gt["category"][~ignored], minlength=K)
@@ -236,21 +237,21 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
                 for name, values in curve.items():
                     result[name][..., k, a, m] = values
 
-    summarized = summary_rows(result["max_dets"], strict)
-    result["stats"] = np.array([mean_over(result, *row) for row in summarized])
+    rows = summary_rows(result["max_dets"], strict)
+    result["stats"] = np.array([mean_over(result, *row) for row in rows])
     return result
 
 
 def summary_rows(max_dets, strict=False):
     """COCO's 12 numbers: (array, IoU threshold or None for all, area, detections), in order.
 
-    AP and the recall by size are at the most detections, the three recalls of all sizes at the
-    first, second and last of max_dets. strict, as pycocotools: max_dets[2] wherever the last is
-    meant, IndexError if there is none; and the first AP is at 100 exactly.
+    AP and the recalls by size are at the last of max_dets, which ascend, the other three recalls at
+    the first, second and last. strict, as pycocotools: max_dets[2] stands for the last, IndexError
+    if there is none; and the first AP is at exactly 100.
     """
     sizes = "small", "medium", "large"
     last = max_dets[2] if strict else max_dets[-1]
-    second = max_dets[min(1, len(max_dets) - 1)]
+    second = max_dets[1] if len(max_dets) > 1 else max_dets[0]
     return ([("precision", None, "all", 100 if strict else last)]
             + [("precision", iou, "all", last) for iou in (0.5, 0.75)]
             + [("precision", None, size, last) for size in sizes]
@@ -275,9 +276,8 @@ def per_class(result):
     ap = result["precision"][..., a, -1].mean(axis=1)                               # (T, K)
     ar = result["recall"][..., a, -1]                                               # (T, K)
     ap, ar = np.where(ap > -1, ap, np.nan), np.where(ar > -1, ar, np.nan)
-    ap50 = np.full(ap.shape[1], np.nan)
-    for t in np.flatnonzero(result["iou_thrs"] == 0.5)[:1]:
-        ap50 = ap[t]
+    at_half = np.flatnonzero(result["iou_thrs"] == 0.5)
+    ap50 = ap[at_half[0]] if len(at_half) else np.full(ap.shape[1], np.nan)
 
     columns = (result["category_ids"], result["classes"], result["num_gt"][:, a].tolist(),
                ap.mean(axis=0).tolist(), ap50.tolist(), ar.mean(axis=0).tolist())
@@ -336,25 +336,20 @@ def mask_edges(segmentation, h, w):
 
 
 def unpack_counts(text):
-    """Run lengths from COCO's compressed form.
-
-    A character holds 5 bits of a number, the lowest first, and whether another character follows.
-    From the third run on, the number is the difference to the run two before.
-    """
+    """Run lengths from COCO's compressed form: 5 bits of a number a character, the lowest first;
+    from the third number on, the difference to the run two before."""
     code = text.encode() if isinstance(text, str) else text
     x = np.frombuffer(code, np.uint8).astype(int) - 48
-    last = (x & 32) == 0                                        # of its number
+    last = (x & 32) == 0                                        # character of its number
     if not len(x) or (x < 0).any() or (x > 63).any() or not last[-1]:
         raise ValueError("compressed counts that are cut short or not of this code")
     number = np.cumsum(last) - last                             # which one a character belongs to
     place = count_before(number)                                # and where in it
     if place.max() > 10:
         raise ValueError("compressed counts with a number beyond all images")
-
-    bits = (x & 31) << 5 * place
     sign = np.where(last & (x & 16 > 0), -32 << 5 * place, 0)   # two's complement
     counts = np.zeros(number[-1] + 1, np.int64)
-    np.add.at(counts, number, bits + sign)
+    np.add.at(counts, number, ((x & 31) << 5 * place) + sign)
     counts[1::2] = np.cumsum(counts[1::2])
     counts[2::2] = np.cumsum(counts[2::2])
     return counts
@@ -464,8 +459,8 @@ def read_json(path, what):
 
 
 def read_sides(gt, dt):
-    """(ground truth, detections, and the names by which an error calls a record of each): dict and
-    list as they are, or from their files."""
+    """Ground truth and detections, as they are or from their files, and what errors call a record
+    of each."""
     gt_record, dt_record = "annotation", "detection"
     if isinstance(gt, (str, os.PathLike)):
         gt, gt_record = read_json(gt, "a COCO instances file"), f"{gt}: annotation"
@@ -518,21 +513,18 @@ def describe_ids(ids):
     return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
 
 
-def index_ids(gt, field, chosen, name, order=sorted):
-    """Id -> index of all gt["images"] or gt["categories"], -1 for an id that is not chosen.
-
-    chosen: ids, in any order, or None for all; an error calls them by `name`. order: of the index.
-    """
+def index_ids(gt, field, chosen, order=sorted):
+    """Id -> index of gt["images"] or gt["categories"]: of the chosen ids, None for all, in that
+    order; -1 for the others."""
     try:
-        listed = sorted({r["id"] for r in gt[field]})
+        index = dict.fromkeys(sorted({r["id"] for r in gt[field]}), -1)
     except (KeyError, TypeError):
         raise ValueError(f"ground truth: {field!r} should list dicts that have an 'id', all int or "
                          "all str; is this a COCO instances file?") from None
-    index = dict.fromkeys(listed, -1)
-    if chosen is None:
-        chosen = listed
+    name = {"images": "image_ids", "categories": "category_ids"}[field]
     try:
-        chosen = list(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
+        chosen = [chosen] if isinstance(chosen, str) else chosen
+        chosen = list(index if chosen is None else dict.fromkeys(chosen))
     except TypeError:
         raise ValueError(f"{name} {chosen!r} should be a list of ids") from None
     unknown = [i for i in chosen if i not in index]
@@ -543,10 +535,8 @@ def index_ids(gt, field, chosen, name, order=sorted):
 
 
 def look_up(records, record, field, index):
-    """The index of each record's id, int64 (n,); -2 for one that the ground truth does not list.
-
-    Raises ValueError that names the first record without an id; `record` is what to call it.
-    """
+    """The index of each record's id, int64 (n,); -2 for an id that the ground truth does not list.
+    record: what a ValueError, for one without an id, calls it."""
     try:
         return np.fromiter((index.get(r[field], -2) for r in records), np.int64, len(records))
     except (AttributeError, KeyError, TypeError):
@@ -556,22 +546,21 @@ def look_up(records, record, field, index):
                          f"{str(r)[:300]}") from None
 
 
-def check_listed(dt, field, found, index):
-    """Raises ValueError, showing the ids of both sides, where look_up found an unlisted id."""
+def check_listed(records, record, field, found, index):
+    """Raises ValueError, showing the ids of both sides, where look_up found an unlisted one."""
     bad = np.flatnonzero(found == -2).tolist()
     if bad:
-        first = list(dict.fromkeys(dt[i][field] for i in bad))[:5]
-        raise ValueError(f"{len(bad)} of {len(dt)} detections (first: detection {bad[0]}) have a "
-                         f"value of {field} the ground truth does not list: {first}. They have "
-                         f"{describe_ids(r[field] for r in dt)}; the ground truth has "
+        raise ValueError(f"{record} {bad[0]}, the first of {len(bad)}, has a {field} the ground "
+                         f"truth does not list: {records[bad[0]][field]!r}. The detections have "
+                         f"{describe_ids(r[field] for r in records)}, the ground truth "
                          f"{describe_ids(index)}. Use the file they were made for and its ids")
 
 
 def read_numbers(records, record, field, strict=False, default=None):
     """One field of all records, float64 (n,), or (n, 4) of "bbox". ValueError names a bad record.
 
-    Numbers must be below 1e100, scores may be infinite, sizes of boxes must be 0 or more; strict
-    allows negative sizes and any area. default: a value for each record that has none, or null.
+    Numbers must be below 1e100, but a score may be infinite; sizes of a box must be 0 or more.
+    strict allows negative sizes and any area. default: a value for each record without one.
     """
     values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
     if default is not None:
@@ -592,7 +581,7 @@ def read_numbers(records, record, field, strict=False, default=None):
     x = read(values) if values else np.zeros((0, *shape))
     if x is None:
         i = next(i for i, value in enumerate(values) if read([value]) is None)
-        wanted = "[x, y, width, height] with sizes 0 or more" if shape else "a finite number"
+        wanted = "finite [x, y, width, height], sizes 0 or more," if shape else "a finite number"
         remedy = ("use --iou_type segm for masks" if field == "bbox" and "segmentation" in
                   records[i] and values[i] is None else "correct or drop it")
         raise ValueError(f"{record} {i} should have {wanted} as its {field}, {remedy}: "
@@ -601,10 +590,8 @@ def read_numbers(records, record, field, strict=False, default=None):
 
 
 def read_masks(records, record, takes_part, sizes):
-    """Columns "mask", an object array (n,), and "box" and "area" of the masks.
-
-    takes_part (n,) bool: the others have None. sizes: (height, width) of an image by its id.
-    """
+    """Columns "mask", "box" and "area" from the segmentations; no mask where takes_part is False.
+    sizes: (height, width) by image id."""
     masks = np.empty(len(records), object)
     boxes, areas = np.zeros((len(records), 4)), np.zeros(len(records))
     for i in np.flatnonzero(takes_part).tolist():
@@ -617,9 +604,8 @@ def read_masks(records, record, takes_part, sizes):
         except (OverflowError, TypeError, ValueError) as error:
             remedy = ("correct or drop it" if "segmentation" in r or "bbox" not in r else
                       "use --iou_type bbox for boxes")
-            raise ValueError(f"{record} {i} should have polygons or a run-length code of its "
-                             f"image's size as its segmentation, it has {error}, {remedy}: "
-                             f"{str(r)[:300]}") from None
+            raise ValueError(f"{record} {i} should have polygons or a run-length code as its "
+                             f"segmentation, it has {error}, {remedy}: {str(r)[:300]}") from None
         boxes[i], areas[i] = mask_box(masks[i], h), (masks[i][1::2] - masks[i][::2]).sum()
     return dict(mask=masks, box=boxes, area=areas)
 
@@ -666,54 +652,45 @@ def read_detections(records, record, images, categories, sizes, strict):
     categories that are not listed, and takes a mask's area from the box beside it."""
     columns = read_objects(records, record, images, categories, sizes, strict)
     columns["score"] = read_numbers(records, record, "score")
-    check_listed(records, "image_id", columns["image"], images)
+    check_listed(records, record, "image_id", columns["image"], images)
     if not strict:
-        check_listed(records, "category_id", columns["category"], categories)
+        check_listed(records, record, "category_id", columns["category"], categories)
     elif "mask" in columns and records[0].get("bbox"):
         box = read_numbers(records, record, "bbox", strict)
         columns["area"] = box[:, 2] * box[:, 3]
     return columns
 
 
-def class_names(records, ids):
-    """The names of these categories, with the id where two share a name; "?" for what cannot be
-    printed, half of a surrogate pair."""
+def class_names(records, index):
+    """(ids, names) of the chosen categories. A name that several share has the id with it; "?"
+    stands for what cannot be printed, half of a surrogate pair."""
+    ids = sorted((i for i in index if index[i] >= 0), key=index.get)
     names = {r["id"]: str(r.get("name") or r["id"]).encode(errors="replace").decode()
              for r in records}
     uses = Counter(names.values())
-    return [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in ids]
+    return ids, [names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in ids]
 
 
-# -- what may be wrong ---------------------------------------------------------------------------
+# -- notes: what may be wrong --------------------------------------------------------------------
 
 def find_differences(annotations, detections, iou_type, max_dets):
-    """What pycocotools does otherwise unless strict, as sentences."""
-    notes = []
-    if iou_type == "segm" and detections and detections[0].get("bbox"):
-        notes.append("the detections have a bbox too: their size is that of their mask here, of "
-                     "the box in pycocotools")
+    """What pycocotools does otherwise, unless strict, as sentences."""
     ids = [r["id"] for r in annotations if isinstance(r.get("id"), (int, float, str))]
-    if 0 in ids:
-        notes.append("an annotation has the id 0: it counts here, pycocotools never finds it")
-    if len(set(ids)) < len(ids):
-        notes.append("annotations share an id: all count here, pycocotools takes the last for each "
-                     "of them")
-    if 100 not in max_dets:
-        notes.append(f"AP is at {max(max_dets)} detections; pycocotools' is -1 unless 100 is there")
-    return notes
+    with_box = iou_type == "segm" and detections and detections[0].get("bbox")
+    return [note for applies, note in (
+        (with_box, "the detections have a bbox too: their size is that of their mask here, of the "
+                   "box in pycocotools"),
+        (0 in ids, "an annotation has the id 0: it counts here, pycocotools never finds it"),
+        (len(set(ids)) < len(ids), "annotations share an id: all count here, pycocotools takes the "
+                                   "last for each of them"),
+        (100 not in max_dets, f"AP is at {max(max_dets)} detections; pycocotools' is -1 unless 100 "
+                              f"is there")) if applies]
 
 
 def overlapping(gt, dt):
     """How many pairs of one image and class overlap by half, of the first 100 detections there."""
     gt, dt = with_cells(gt, dt)
     return len(find_pairs(gt, take(dt, count_before(dt["cell"]) < 100), 0.5)[0])
-
-
-def from_corners(columns):
-    """The columns, their boxes taken for x0, y0, x1, y1."""
-    box = columns["box"].copy()
-    box[:, 2:] -= box[:, :2]
-    return dict(columns, box=box)
 
 
 def find_causes(gt, dt, names):
@@ -738,10 +715,13 @@ def find_causes(gt, dt, names):
         if box.max() <= 2 < other.max():
             return [f"the boxes of the {side} look like fractions of the image, {box[0].tolist()}: "
                     f"multiply them by its width and height"]
-    n = overlapping(gt, dt)
-    corners = ("detections", gt, from_corners(dt)), ("ground truth", from_corners(gt), dt)
+
+    # do many more overlap if x, y, width, height is taken for x0, y0, x1, y1?
+    many = max(2 * overlapping(gt, dt), len(gt["image"]) / 10)
+    gt1, dt1 = (dict(c, box=c["box"] - np.pad(c["box"][:, :2], [(0, 0), (2, 0)])) for c in (gt, dt))
+    sides = ("detections", overlapping(gt, dt1)), ("ground truth", overlapping(gt1, dt))
     return [f"the boxes of the {side} look like x0, y0, x1, y1: COCO's are x, y, width, height"
-            for side, g, d in corners if overlapping(g, d) > max(2 * n, len(gt["image"]) / 10)]
+            for side, n in sides if n > many]
 
 
 # -- the evaluation of two files -----------------------------------------------------------------
@@ -749,38 +729,41 @@ def find_causes(gt, dt, names):
 def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, max_dets=MAX_DETS,
               area_ranges=AREA_RANGES, image_ids=None, category_ids=None, use_cats=True,
               strict=False):
-    """COCO evaluation of a results file: what evaluate_columns returns, and names.
+    """COCO evaluation of a results file: the dict of evaluate_columns, with names and notes.
 
     gt: COCO instances dict or its path; dt: list of {"image_id", "category_id", "score", "bbox":
     [x, y, w, h] in pixels, or "segmentation"}, or its path. iou_type: "bbox", or "segm" for masks.
-    image_ids, category_ids: the only ones to take part. use_cats=False: classes are not told
-    apart, equal scores are in the order of category_ids. Ids are ints or strings. No "iscrowd" is
-    0, no "area" that of box or mask; ground truths of unlisted images or categories do not take
-    part. Raises ValueError or FileNotFoundError naming the file or record.
+    Ids are ints or strings; image_ids, category_ids: the only ones to take part. use_cats=False:
+    all classes are one, equal scores in the order of category_ids. "iscrowd" may be absent, 0, and
+    "area", that of box or mask; annotations of unlisted images or categories take no part. Raises
+    ValueError or FileNotFoundError that names the file or record.
 
     Adds "category_ids" (ascending), "classes" (their names), "ap_per_class", "ap50_per_class" and
     "ar_per_class" (name -> float, nan without ground truth; all areas, most detections), and
     "notes", sentences also printed to stderr: what pycocotools does otherwise, why all is 0.
 
-    strict=True does as pycocotools does. A ground truth with id 0 is never found; of several with
-    one id the last stands for all; detections of unlisted categories are passed over; boxes of
-    negative sizes overlap nothing; a mask has the area of its detection's box, where there is one;
-    the first AP is -1 without 100 in max_dets; no detections and fewer than three max_dets are an
-    IndexError. But NaN scores, and boxes that are NaN or infinite, remain a ValueError.
+    strict=True does as pycocotools. An annotation with id 0 is never found; of several with one id
+    the last stands for all; detections of unlisted categories are passed over; a box of negative
+    size overlaps nothing; a mask has the area of its detection's box, if there is one; the first AP
+    is -1 without 100 in max_dets; no detections, or fewer than three max_dets, are an IndexError.
+    Four differences remain: NaN scores and NaN or infinite boxes are a ValueError; integer scores
+    are rounded to float64, beyond 2**53 to equal ones; "iscrowd" 0.5 is a crowd, in pycocotools an
+    ignored object that is none; the annotation id "0" is found, in pycocotools never.
     """
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
     gt, dt, gt_record, dt_record = read_sides(gt, dt)
     if strict and (not dt or len(max_dets) < 3):
         raise IndexError("pycocotools, and so strict, needs a detection and three max_dets: there "
                          f"are {len(dt)} and {len(max_dets)}")
-    order = sorted if use_cats else list
-    images = index_ids(gt, "images", image_ids, "image_ids")
-    categories = index_ids(gt, "categories", category_ids, "category_ids", order)
+
+    # columns of all objects; those that are not chosen or not listed have a negative index
+    images = index_ids(gt, "images", image_ids)
+    categories = index_ids(gt, "categories", category_ids, sorted if use_cats else list)
     sizes = {r["id"]: (r.get("height"), r.get("width")) for r in gt["images"]}
-    how = images, categories, sizes if iou_type == "segm" else None, strict
+    sizes = sizes if iou_type == "segm" else None
     annotations = gt.get("annotations") or []
-    found = read_detections(dt, dt_record, *how)
-    truths = read_truths(annotations, gt_record, *how)
+    found = read_detections(dt, dt_record, images, categories, sizes, strict)
+    truths = read_truths(annotations, gt_record, images, categories, sizes, strict)
 
     notes = [] if strict else find_differences(annotations, dt, iou_type, max_dets)
     unlisted = ((truths["image"] == -2) | (truths["category"] == -2)).sum()
@@ -788,8 +771,7 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
         notes.append(f"{unlisted} annotations are of images or categories that are not listed: "
                      f"they take no part")
     sides = [take(c, (c["image"] >= 0) & (c["category"] >= 0)) for c in (truths, found)]
-    ids = sorted((i for i in categories if categories[i] >= 0), key=categories.get)
-    names = class_names(gt["categories"], ids)
+    ids, names = class_names(gt["categories"], categories)
     if not use_cats:                                            # equal scores keep their order
         sides = [take(c, np.argsort(c["category"], kind="stable")) for c in sides]
         sides = [dict(c, category=np.zeros_like(c["category"])) for c in sides]
@@ -815,11 +797,16 @@ def result_json(result):
     "iou_thrs", "rec_thrs", "classes", "area_ranges" and "max_dets"; -1: no ground truth.
     """
     stats = {}
-    for (array, iou, area, cut), value in zip(
-            summary_rows(result["max_dets"], result["strict"]), result["stats"].tolist()):
-        name = ("AP" if array == "precision" else "AR") + ("" if iou is None else f"{iou * 100:g}")
-        name += "" if area == "all" else "_" + area
-        stats[name + (f"@{cut}" if array == "recall" and area == "all" else "")] = value
+    rows = summary_rows(result["max_dets"], result["strict"])
+    for (array, iou, area, most), value in zip(rows, result["stats"].tolist()):
+        name = "AP" if array == "precision" else "AR"
+        if iou is not None:
+            name += f"{iou * 100:g}"
+        if area != "all":
+            name += f"_{area}"
+        elif array == "recall":
+            name += f"@{most}"
+        stats[name] = value
     classes = [{name: None if value != value else value for name, value in row.items()}
                for row in per_class(result)]
     return {"stats": stats, "per_class": classes, "notes": result.get("notes", []),

@@ -2427,6 +2427,16 @@ def test_sane_by_default_and_like_pycocotools_if_strict(anns, dets, names, sane,
     assert outcome(anns, dets, *names, strict=True) == strict
 
 
+def test_where_strict_still_differs_from_pycocotools():
+    small, far = (20, 20, 10, 10), (100, 100, 50, 50)
+    for anns, dets, ours, theirs in [
+            ([full()], [det(2**53, far), det(2**53 + 1)], 0.5, 1),
+            ([full(iscrowd=0.5), full(far, 2)], [det(0.9, small), det(0.8, far)], 1, 0.5),
+            ([full(id="0")], [det(0.9)], 1, 0)]:
+        assert outcome(anns, dets, "AP", strict=True) == [ours]
+        assert reference(instances(*anns), dets)[0]["stats"][0] == pytest.approx(theirs)
+
+
 def test_twelve_numbers_for_any_max_dets():
     anns = [full(), full((100, 100, 50, 50), id=2)]
     dets = [det(0.9), det(0.8, (70, 70, 9, 9)), det(0.7, (100, 100, 50, 50))]
