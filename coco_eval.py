@@ -559,8 +559,9 @@ def check_listed(records, record, field, found, index):
 def read_numbers(records, record, field, strict=False, default=None):
     """One field of all records, float64 (n,), or (n, 4) of "bbox". ValueError names a bad record.
 
-    Numbers must be below 1e100, but a score may be infinite; sizes of a box must be 0 or more.
-    strict allows negative sizes and any area. default: a value for each record without one.
+    Numbers must be finite, except scores; those of a box below 1e100, so that its area is finite,
+    and its sizes 0 or more. strict allows negative sizes and any area. default: a value for each
+    record that has none.
     """
     values = [r.get(field) for r in records]                    # look_up has seen: all are dicts
     if default is not None:
@@ -571,12 +572,12 @@ def read_numbers(records, record, field, strict=False, default=None):
         x = as_numbers(values)
         if x is None or x.shape[1:] != shape:
             return None
-        valid = ~np.isnan(x) if field == "score" else np.abs(x) < 1e100
+        valid = np.abs(x) < (1e100 if field == "bbox" else np.inf)
         if field == "bbox" and not strict:
             valid[:, 2:] &= x[:, 2:] >= 0
-        if field == "area" and strict:
-            valid[:] = True
-        return x if valid.all() else None
+        if field == "score":
+            valid = ~np.isnan(x)
+        return x if valid.all() or strict and field == "area" else None
 
     x = read(values) if values else np.zeros((0, *shape))
     if x is None:
