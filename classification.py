@@ -57,15 +57,15 @@ def random_region(h, w, rng, share, ratio):
 def crop_region(h, w, rng):
     """(top, left, height, width) of the part of an image h x w to train on.
 
-    It has 8 to 100 % of the area and width / height of 3/4 to 4/3; where no try fits, it is the
-    largest part of that ratio in the middle. Source: arXiv:1409.4842, Sec. 6.
+    It has 8 to 100 % of the area and a width / height of 3/4 to 4/3; where no try fits, it is the
+    largest such part of the middle. Source: arXiv:1409.4842, Sec. 6.
     """
     ch, cw = min(h, max(1, round(w / (3 / 4)))), min(w, max(1, round(h * (4 / 3))))
     middle = (h - ch) // 2, (w - cw) // 2, ch, cw
     return random_region(h, w, rng, (0.08, 1), (3 / 4, 4 / 3)) or middle
 
 
-RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC     # one is drawn for each image
+RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC     # one of them at random
 FILL = tuple(map(round, PIXEL_MEAN))               # colour of pixels from beyond the image's border
 
 
@@ -166,7 +166,7 @@ def mixup_or_cutmix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
     alpha = cutmix if cut else mixup
     lam = rng.betavariate(alpha, alpha)
     if cut:
-        # a box of the neighbour, of 1 - lam of the area before the border cuts it off
+        # a box of the neighbour, 1 - lam of the area before the border cuts it off
         H, W = images.shape[-2:]
         half, row, col = math.sqrt(1 - lam) / 2, rng.randrange(H), rng.randrange(W)
         top, bottom = max(0, row - int(H * half)), min(H, row + int(H * half))
@@ -200,7 +200,7 @@ class ClassificationDataset(torch.utils.data.Dataset):
         return self.image_size, self.image_size
 
     def __getitem__(self, key):
-        """Image uint8 (3, S, S) and target; key is an index or (epoch, index)."""
+        """Image uint8 (3, image_size, image_size) and target; key: an index or (epoch, index)."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
         image = self.read(i)
         if self.augment:
@@ -245,7 +245,7 @@ class ImageFolder(ClassificationDataset):
         self._check_classes(found, classes)
         self.classes = found if classes is None else list(classes)
 
-        # the images of each class, and the files that are none
+        # the images of each class; `others` counts what is not one of them
         paths, labels, empty, others = [], [], [], len(entries) - len(found)
         for label, name in enumerate(self.classes):
             images, unread = self._find_images(name)
@@ -262,18 +262,18 @@ class ImageFolder(ClassificationDataset):
             self.notes.append(f"note     {self.folder} has no images of {empty[:20]}")
         if others:
             self.notes.append(f"note     {self.folder}: {others} hidden files or other things that "
-                              f"are no images in a class folder, not read")
+                              f"are not images in a class folder are not read")
 
     def _check_classes(self, found, classes):
         """Raises UserError unless the folders `found` are those of `classes`; None: two or more."""
-        layout = f"the images of a class belong into {os.path.join(self.folder, '<class>')}/"
+        layout = f"the images of a class belong in {os.path.join(self.folder, '<class>')}/"
         if not found:
-            raise UserError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
-                            f"ImageNet's validation images come, nothing says what they show")
+            raise UserError(f"{self.folder} has no class folders: {layout}; a flat folder, such as "
+                            f"ImageNet's of validation images, does not tell their classes")
         odd = [show(name) for name in found if not is_text(name)]
         if odd:
-            raise UserError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
-                            f"one line of text in UTF-8, rename them")
+            raise UserError(f"{self.folder}: the names of the class folders {', '.join(odd[:20])} "
+                            f"are not one line of text in UTF-8, rename them")
         if classes is None and len(found) < 2:
             raise UserError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
                             f"a classifier needs two classes or more")
@@ -287,13 +287,13 @@ class ImageFolder(ClassificationDataset):
 
     def _find_images(self, name):
         """Sorted paths of the images of one class, and the number of other files there."""
-        def unreadable(error):                                       # which os.walk would skip
+        def unreadable(error):                                       # os.walk would skip the folder
             raise error
 
         paths, others = [], 0
         for place, folders, names in os.walk(os.path.join(self.folder, name), followlinks=True,
                                              onerror=unreadable):
-            folders[:] = [f for f in folders if f[0] != "."]         # the only ones walked further
+            folders[:] = [f for f in folders if f[0] != "."]         # os.walk goes on into these
             images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
             paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]
             others += len(names) - len(images)
@@ -326,7 +326,7 @@ class ShapesClassification(ClassificationDataset):
         label, side = int(self.labels[i]), self.image_size
         rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
 
-        # colours, then the box
+        # dark ground, a bright colour, a box
         ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
         color = tuple(rng.randint(160, 255) for _ in range(3))
         w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
@@ -354,13 +354,12 @@ class ClassLossConfig:
 
 
 def classification_loss(logits, targets, smoothing=0.0, normalizers=None):
-    """"loss" and "class_error" of a batch, the percentage of wrong images: a dict of 0-dim tensors.
+    """The cross-entropy of a batch: a dict of 0-dim tensors, "loss" and "class_error" in percent.
 
     logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as
-    mixup_or_cutmix gives them, of which the largest is the right one. smoothing: the share of each
-    target that is spread evenly over all K classes. normalizers: loss_normalizers of the whole step
-    per process, None: of this batch. Computed in float32.
-    Source: label smoothing, arXiv:1512.00567, Sec. 7.
+    mixup_or_cutmix gives them, whose largest is the label. smoothing: the share of each target that
+    is spread evenly over all K classes (arXiv:1512.00567, Sec. 7). normalizers: loss_normalizers of
+    the whole step per process, None: of this batch. Computed in float32.
     """
     images = len(logits) if normalizers is None else normalizers[2].item()
     loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
@@ -383,10 +382,8 @@ def classification_losses(run, images, valid, targets, normalizers, global_step)
 
 def class_rows(logits, targets, dataset):
     """Predictions for a batch, float64 (B, 5): image index, predicted class, its probability, true
-    class, rank of the true class (0 = top-1; ties by class index).
-
-    logits (B, K). Raises UserError if a logit is not finite.
-    """
+    class, rank of the true class (0 = top-1; ties by class index). Raises UserError if one of the
+    logits (B, K) is not finite."""
     labels = torch.cat([t["labels"] for t in targets])
     index = torch.tensor([t["index"] for t in targets])
     logits = logits.float().cpu()
@@ -422,14 +419,14 @@ def accuracy_table(result):
     width = max([5] + [len(name) for name in result["classes"]])
     lines = [f"top-1 {top1:.4f}   top-5 {top5:.4f}   mean over classes {mean:.4f}",
              "", f"{'class':{width}s}  top-1   images"]
-    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" for x, name, n in sorted(
-        row for row in rows if row[2])]
+    best_first = sorted(row for row in rows if row[2])
+    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" for x, name, n in best_first]
     lines += [f"{name:{width}s}      -        0" for _, name, n in rows if not n]
     return "\n".join(lines)
 
 
 def accuracy_json(result):
-    """The accuracies of class_accuracy for json.dump, by class null where it has no images."""
+    """The accuracies of class_accuracy for json.dump; null for a class without images."""
     top1, top5, mean = result["stats"].tolist()
     classes = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
     return {"top1": top1, "top5": top5, "mean_over_classes": mean,
