@@ -54,7 +54,7 @@ class TokenLayerNorm(nn.LayerNorm):
 
 
 class TokenBatchNorm(BatchNorm2d):
-    """Normalises each channel over all images; in training the padded tokens count, too."""
+    """Normalises each channel over all images; in training, padded tokens count too."""
 
     def __init__(self, C, eps, bias=True):
         super().__init__(C, eps)
@@ -87,15 +87,15 @@ class MetaFormerConfig:
     isotropic   One stage, of 16 x 16 patches: with positions and a class token for the head ViT,
                 arXiv:2010.11929; with the mlp mixer MLP-Mixer, arXiv:2105.01601.
 
-    The flag --image_size has three meanings. Here: the largest side that fixed grids and positions
-    are built for; models without them take any image. In TrainConfig: the side of a classifier's
-    square images, or the shorter side of a detector's.
+    --image_size has three meanings. Here it is the largest side for which fixed grids and positions
+    are built; models without them take images of any size. In TrainConfig it is the side of a
+    classifier's square images, or the shorter side of a detector's images.
     """
     family: Annotated[str, "structure of blocks and head", FAMILIES] = "poolformer"
-    depths: Annotated[str, "blocks of each stage"] = "2,2,6,2"
+    depths: Annotated[str, "blocks of each stage, separated by commas"] = "2,2,6,2"
     widths: Annotated[str, "channels of each stage"] = "64,128,320,512"
-    mixers: Annotated[str, f"of all stages, or one for each: {', '.join(MIXERS)}"] = "pool"
-    norm: Annotated[str, "of the blocks; group: over all tokens", TOKEN_NORMS] = "group"
+    mixers: Annotated[str, f"token mixer of all stages, or each: {', '.join(MIXERS)}"] = "pool"
+    norm: Annotated[str, "of the blocks; group is over all tokens", TOKEN_NORMS] = "group"
     activation: Annotated[str, "of the channel MLP", ACTIVATIONS] = "gelu"
     residual: Annotated[bool, "add the input of mixer and channel MLP to their output"] = True
     channel_mlp: Annotated[bool, "have a channel MLP in each block"] = True
@@ -107,7 +107,7 @@ class MetaFormerConfig:
     layer_scale: Annotated[float, "first value of LayerScale; 0: no LayerScale", 0] = 1e-5
     drop_path: Annotated[float, "stochastic depth of the last block; linear from 0", 0] = 0.1
     head_dropout: Annotated[float, "dropout in the MLP head", 0] = 0.0
-    image_size: Annotated[int, "largest side that fixed grids and positions cover", 1] = 224
+    image_size: Annotated[int, "largest side of fixed grids and positions", 1] = 224
     crop_fraction: Annotated[float, "evaluation: side of the centre crop / shorter side", 0] = 0.9
     num_classes: Annotated[int, "classes K; data sets set it", 1] = 1000
     out_stages: Annotated[str, "instead of a classifier, maps of these stages, as 1,2,3,4"] = ""
@@ -317,7 +317,8 @@ class MetaFormer(nn.Module):
 
     def init_weights(self):
         """Biases 0, weights normal with deviation 0.02. As in the official codes, the strided
-        convolutions of all but the baselines keep PyTorch's default, PoolFormer's positions 0."""
+        convolutions of all but the baselines keep PyTorch's default, and PoolFormer's positions
+        start from 0."""
         kept = {"poolformer": ("downsample_layers.", "pos_embed"), "baselines": (),
                 "isotropic": ("downsample_layers.",)}[self.cfg.family]
         for name, p in self.named_parameters():
@@ -378,7 +379,7 @@ class MetaFormer(nn.Module):
         return maps
 
     def forward_stages(self, x, valid):
-        """Tokens (B, N, C), valid (B, N) and grid behind every stage, of normalised images
+        """Tokens (B, N, C), valid (B, N) and grid after each stage, from normalised images
         (B, 3, IH, IW) and valid (B, IH, IW). Raises UserError for images beyond a fixed grid."""
         IH, IW = grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                            # every pixel a token
