@@ -64,7 +64,7 @@ from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
 from coco_eval import coco_eval, evaluate_columns, mask_edges, summary
 from check_data import check_coco, open_images, show
 from resnet import ResNet
-from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
+from metaformer import METAFORMERS, MetaFormerConfig, TokenGroupNorm, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
                             center_crop, classification_loss, crop_region, mixup_or_cutmix,
                             rand_augment, random_erase)
@@ -1538,7 +1538,7 @@ def official_tensors(model):
     if cfg.family == "poolformer":
         for k in range(4):
             network += [(f"downsample_layers.{k}.conv.", ".proj.")] if k else []
-            if cfg.positions and k == model.positions_at:
+            if cfg.positions and k == model.positions_stage:
                 network.append(("pos_embed", ".pos_embed"))          # shifts all that follows
             network.append((f"stages.{k}.", "."))
         pairs = [(ours, f"network.{i}{theirs}") for i, (ours, theirs) in enumerate(network)]
@@ -1672,7 +1672,7 @@ def test_norms_of_the_families_differ_in_eps_and_bias(family, eps):
 
 def test_group_norm_sees_the_valid_tokens_alone():
     torch.manual_seed(0)
-    norm, x, valid = GroupNorm(16, 1e-5), torch.randn(2, 12, 16), ragged(2, 12)
+    norm, x, valid = TokenGroupNorm(16, 1e-5), torch.randn(2, 12, 16), ragged(2, 12)
     y = norm(x.masked_fill(~valid[..., None], 1e4), valid)
     assert_close(y[1, :9], norm(x[1:, :9], None)[0])
 
