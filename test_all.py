@@ -2355,7 +2355,7 @@ def outcome(anns, dets, *names, **params):
     try:
         stats = coco_eval(instances(*anns), dets, **params)["stats"]
     except (ValueError, IndexError) as error:
-        return type(error).__name__
+        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
     return [round(float(stats[NAMES.index(name)]), 4) for name in names]
 
 
