@@ -1523,9 +1523,14 @@ def test_damaged_missing_and_dangerous_files_are_errors_that_name_them(tmp_path)
     (tmp_path / "text.pt").write_text("404: not found")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"model": {}, "run_me": print}, tmp_path / "code.pt")
-    for name in ("cut", "text", "empty", "code"):
-        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint of plain data, or a damaged one"):
+    flipped = bytearray((tmp_path / "whole.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1                                  # torch alone would load it
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    for name in ("cut", "text", "empty", "code", "flipped"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint of plain data, or a "
+                                             f"damaged one") as raised:
             load_weights(model, tmp_path / f"{name}.pt")
+        assert "weights_only" not in str(raised.value)               # torch's advice is never passed on
     with pytest.raises(FileNotFoundError, match="none.pt"):
         load_weights(model, tmp_path / "none.pt")
 
@@ -3832,6 +3837,53 @@ def coco_files(folder, split, n, names=IDS):
     path, pictures = folder / f"{split}.json", folder / f"{split}_pictures"
     path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
     return [f"--{split}_json", path, f"--{split}_images", pictures]
+
+
+def test_a_checkpoint_finds_its_data_from_another_folder_or_says_what_replaces_it(tmp_path, capsys):
+    files = coco_files(tmp_path, "train", 8) + coco_files(tmp_path, "val", 2)
+    relative = [str(f).replace(f"{tmp_path}/", "") for f in files]
+    assert run(*TINY_FILES, *relative, "--epochs", 1) == 0
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    evaluate.main(["../out/ckpt.pt", "--num_workers", "0"])
+    assert "2 images" in capsys.readouterr().out
+    os.rename("../val.json", "../moved.json")
+    with pytest.raises(FileNotFoundError, match=r"val.json not found: the checkpoint ../out/ckpt.pt "
+                                                r"was trained .*--val_json and --val_images"):
+        evaluate.main(["../out/ckpt.pt", "--num_workers", "0"])
+    evaluate.main(["../out/ckpt.pt", "--num_workers", "0", "--val_json", "../moved.json",
+                   "--val_images", "../val_pictures"])
+
+
+def test_a_detector_whose_detections_are_not_finite_is_refused(tmp_path):
+    assert run(*TINY, "--epochs", 1) == 0
+    state = checkpoint("out/ckpt.pt")
+    state["model"]["bbox_embed.layers.2.bias"][1] = math.nan
+    torch.save(state, "spoilt.pt")
+    with pytest.raises(ValueError, match="detections of image 1 are not finite"):
+        evaluate.main(["spoilt.pt", "--num_workers", "0"])
+    Image.new("RGB", (40, 30)).save("photo.png")
+    with pytest.raises(ValueError, match="detections of image photo.png are not finite"):
+        predict.main(["spoilt.pt", "photo.png"])
+
+
+def test_curves_of_runs_and_of_the_published_log_are_drawn(tmp_path, capsys):
+    plot = pytest.importorskip("plot")
+    published = [dict(train_loss=20.0 - k, test_coco_eval_bbox=[k / 10] * 12) for k in range(3)]
+    Path("detr.txt").write_text("".join(json.dumps(r) + "\n" for r in published))  # no "epoch"
+    Path("pool").mkdir()
+    Path("pool/log.txt").write_text(json.dumps(dict(epoch=4, train_loss=1.0, test_acc1=50.0,
+                                                    test_acc5=75.0)) + "\n")
+    assert [r["epoch"] for r in plot.read_log("detr.txt")] == [0, 1, 2]
+    assert plot.read_log("detr.txt")[2]["scores"] == {"AP": 0.2, "AP50": 0.2}
+    assert plot.read_log("pool")[0]["scores"] == {"top-1": 0.5, "top-5": 0.75}
+    assert [plot.label(path) for path in ("detr.txt", "pool", "pool/log.txt")] == [
+        "detr", "pool", "pool"]
+    plot.main(["detr.txt", "pool", "--out", "both.png"])
+    assert Image.open("both.png").height == 2 * 480                  # a row for each kind
+    Path("odd.txt").write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="odd.txt, line 1 is no epoch"):
+        plot.main(["odd.txt"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
