@@ -441,7 +441,7 @@ def bench_model(args):
 def training_set(args):
     """The training set of --data, with the official augmentation."""
     if args.data:
-        paths = data.coco_paths(args.data, "train")
+        paths = data.data_paths(args, "train")
     elif args.train_json and args.train_images:
         paths = args.train_json, args.train_images
     else:

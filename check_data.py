@@ -10,12 +10,12 @@ import os
 import reprlib
 import sys
 import time
-import warnings
+from functools import partial
 
 import numpy as np
 import torch
 
-from coco_eval import UserError, UserFileError, read_json
+from coco_eval import UserError, read_json
 
 
 def is_number(v):
@@ -41,74 +41,77 @@ def show(v):
     return brief.repr(v)
 
 
+class DataFaults(UserError):
+    """A data set is refused: the sentence lists the first 20 faults, `faults` holds all."""
+
+    def __init__(self, path, faults):
+        lines = [f"{path} has {len(faults)} fault(s), mend the file:", *faults[:20]]
+        if len(faults) > 20:
+            lines.append(f"... and {len(faults) - 20} more")
+        super().__init__("\n".join(lines))
+        self.faults = faults
+
+
 def check_coco(data, path="annotations", image_dir=None):
     """All faults of a COCO instances dict, or file: a list of sentences, empty for a sound one.
 
-    Each names the record by its id, the field and the value. With image_dir, files that are not
-    there are faults too. What training handles by itself is none: crowds, boxes that reach over the
-    border, boxes of zero width or height, images without annotations.
+    Each names the record by its id, the field and the value. With image_dir, a missing image file
+    is a fault too. These are not faults, because training handles them: crowds, boxes that reach
+    over the border, boxes of zero width or height, images without annotations.
     """
     if isinstance(data, (str, os.PathLike)):
         data, path = read_json(data, "a COCO instances file"), data
-    return [sentence for _, sentence in coco_faults(data, path, image_dir)]
+    return list(coco_faults(data, path, image_dir))
 
 
 def coco_faults(data, path, image_dir):
-    """The faults as pairs (the record, a sentence); of the file as a whole: (data, a sentence)."""
+    """The faults that check_coco lists, one after the other."""
+    lists = ("images", "image"), ("categories", "category"), ("annotations", "annotation")
+
+    # the file as a whole: nothing else is looked for where a list is missing
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            yield data, (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
-                         f'"annotations": [...], "categories": [...]}}')
+            yield (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
+                   f'"annotations": [...], "categories": [...]}}')
             return
-    ids, names = {}, set()
-    for key, name in (("images", "image"), ("categories", "category"),
-                      ("annotations", "annotation")):
+
+    # ids
+    ids = {}
+    for key, name in lists:
         seen = ids[key] = set()
         for k, record in enumerate(data[key]):
             if not isinstance(record, dict):
-                yield record, f"{path}: {key}[{k}]: {show(record)} is not a record {{...}}"
+                yield f"{path}: {key}[{k}]: {show(record)} is not a record {{...}}"
             elif is_id(record.get("id")):
                 if record["id"] in seen:
-                    yield record, f"{path}: {name} id {show(record['id'])} occurs twice"
+                    yield f"{path}: {name} id {show(record['id'])} occurs twice"
                 seen.add(record["id"])
             elif key != "annotations" or "id" in record:             # annotations may have none
-                yield record, (f"{path}: {key}[{k}]: id {show(record.get('id'))} is not an integer "
-                               f"of 64 bits or a string of one line")
+                yield (f"{path}: {key}[{k}]: id {show(record.get('id'))} is not an integer of 64 "
+                       f"bits or a string of one line")
         if key != "annotations" and not data[key]:
-            yield data, f"{path}: the list of {key} is empty"
+            yield f"{path}: the list of {key} is empty"
         if key != "annotations" and len({type(v) for v in seen}) > 1:
-            yield data, f"{path}: {key} mix integer and string ids, use one of them"
-    there = set()                                # of plain files; links are asked one by one
+            yield f"{path}: {key} mix integer and string ids, use one of them"
+
+    # the fields of every record
+    names = set()
+    existing_files = set()                       # plain files; links are asked for one by one
     if image_dir:
-        there = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
-    checks = (("images", "image", lambda r: image_faults(r, image_dir, there)),
-              ("categories", "category", lambda r: category_faults(r, names)),
-              ("annotations", "annotation",
-               lambda r: annotation_faults(r, ids["images"], ids["categories"])))
-    for key, name, faults_of in checks:
+        existing_files = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
+    checks = {"images": lambda r: image_faults(r, image_dir, existing_files),
+              "categories": lambda r: category_faults(r, names),
+              "annotations": lambda r: annotation_faults(r, ids["images"], ids["categories"])}
+    for key, name in lists:
         for k, record in enumerate(data[key]):
-            for fault in faults_of(record) if isinstance(record, dict) else ():
+            for fault in checks[key](record) if isinstance(record, dict) else ():
                 who = show(record["id"]) if "id" in record else f"number {k}"
                 where = f" (image {show(record.get('image_id'))})" if key == "annotations" else ""
-                yield record, f"{path}: {name} {who}{where}: {fault}"
+                yield f"{path}: {name} {who}{where}: {fault}"
 
 
-def without_faults(data, path, image_dir):
-    """`data` without the records that have faults and those that refer to them, or None where the
-    file as a whole has faults; and all faults, a list of sentences."""
-    faults = found = list(coco_faults(data, path, image_dir))
-    while found:
-        bad = {id(record) for record, _ in found}
-        if id(data) in bad:
-            return None, [sentence for _, sentence in faults]
-        data = {key: [r for r in data[key] if id(r) not in bad]
-                for key in ("images", "annotations", "categories")}
-        found = list(coco_faults(data, path, image_dir))
-    return data, [sentence for _, sentence in faults]
-
-
-def image_faults(record, image_dir, there):
-    """What is wrong with one image record: a list of phrases. `there`: the files in image_dir."""
+def image_faults(record, image_dir, existing_files):
+    """What is wrong with one image record: a list of phrases."""
     faults, name = [], record.get("file_name")
     for side in ("width", "height"):
         value = record.get(side)
@@ -116,10 +119,12 @@ def image_faults(record, image_dir, there):
             faults.append(f"{side} {show(value)} is not a positive integer below a million")
     if not is_text(name):
         faults.append(f"file_name {show(name)} is not a string that names a file")
-    elif (name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")):
+    elif name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
         faults.append(f"file_name {show(name)} leads out of the image folder")
-    elif image_dir and name not in there and not os.path.isfile(os.path.join(image_dir, name)):
-        faults.append(f"file {os.path.join(image_dir, name)} not found, or no file")
+    elif image_dir and name not in existing_files:
+        path = os.path.join(image_dir, name)
+        if not os.path.isfile(path):
+            faults.append(f"file {path} not found, or no file")
     return faults
 
 
@@ -158,28 +163,22 @@ def annotation_faults(record, image_ids, category_ids):
 
 def find_splits(paths):
     """{split: function that gives its data set} of the paths on the command line."""
-    from data import CocoDataset, ImageFolder, coco_paths            # data.py uses the checks above
-    root = paths[0]
-    if len(paths) == 1 and os.path.isdir(os.path.join(root, "annotations")):
-        found = {split: coco_paths(root, split) for split in ("train", "val")}
-    elif len(paths) == 1 and os.path.isdir(os.path.join(root, "train")):
-        return {split: lambda split=split: ImageFolder(root, split) for split in ("train", "val")}
-    elif len(paths) == 2:
-        found = {"all": paths}
-    elif len(paths) == 4:
-        found = {"train": paths[:2], "val": paths[2:]}
+    from config import TrainConfig                 # both import the checks above
+    from data import build_dataset
+    if len(paths) == 1:
+        root = paths[0]
+        folders = not os.path.isdir(f"{root}/annotations") and os.path.isdir(f"{root}/train")
+        cfg = TrainConfig(data=root, model="poolformer_s12" if folders else "detr_r50")
     else:
-        raise UserFileError(
-            f"{' '.join(paths)}: give a folder that holds annotations/instances_train2017.json and "
-            f"instances_val2017.json, train2017/ and val2017/; or one of class folders, "
-            f"train/<class>/*.jpg and val/<class>/*.jpg; or an annotation file and its image "
-            f"folder, or these two twice, for training and validation")
-    return {split: lambda pair=pair: CocoDataset(*pair, sound_part=True)
-            for split, pair in found.items()}
+        train_json, train_images, val_json, val_images = (paths * 2)[:4]
+        cfg = TrainConfig(train_json=train_json, train_images=train_images, val_json=val_json,
+                          val_images=val_images)
+    splits = {"all": "train"} if len(paths) == 2 else {"train": "train", "val": "val"}
+    return {name: partial(build_dataset, cfg, split) for name, split in splits.items()}
 
 
 class OpenedImages(torch.utils.data.Dataset):
-    """What reading each image of `dataset` gives: ((height, width) or None, fault, remark)."""
+    """(height, width) of every image of a data set, or a sentence where it cannot be read."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -188,30 +187,26 @@ class OpenedImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                image = self.dataset.read(i)
-            except (ValueError, OSError) as error:
-                return None, str(error), ""
-        remarks = sorted({" ".join(str(w.message).split()) for w in said})
-        remark = f"note     {self.dataset.path(i)}: {'; '.join(remarks)}" if remarks else ""
-        return (image.height, image.width), "", remark
+        try:
+            image = self.dataset.read(i)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return image.height, image.width
 
 
 def open_images(dataset, workers):
-    """Sizes (N, 2) of the images of a data set, faults and remarks: all are read as in training."""
+    """Opens all images of a data set as training does: (sizes (N, 2), faults)."""
     loader = torch.utils.data.DataLoader(OpenedImages(dataset), 32, num_workers=workers,
                                          collate_fn=list)
-    results, said = [], time.time()
+    sizes, faults, printed = [], [], time.time()
     for batch in loader:
-        results += batch
-        if time.time() - said > 10:
-            said, broken = time.time(), sum(bool(fault) for _, fault, _ in results)
-            print(f"         {len(results)} of {len(dataset)} images opened, {broken} with faults",
-                  flush=True)
-    sizes, faults, remarks = ([r[k] for r in results if r[k]] for k in range(3))
-    return np.array(sizes).reshape(-1, 2), faults, remarks
+        for found in batch:
+            (faults if isinstance(found, str) else sizes).append(found)
+        if time.time() - printed > 10:
+            printed = time.time()
+            print(f"         {len(sizes) + len(faults)} of {len(dataset)} images opened, "
+                  f"{len(faults)} with faults", flush=True)
+    return np.array(sizes).reshape(-1, 2), faults
 
 
 def describe_dataset(dataset, sizes):
@@ -274,29 +269,38 @@ def main(argv=None):
     parser.add_argument("--images", action="store_true", help="open and decode every image, too")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for it")
     args = parser.parse_args(argv)
+    if len(args.paths) not in (1, 2, 4):
+        parser.error(f"{len(args.paths)} paths: give one, two or four of them")
+
+    # each split: its summary, or what is wrong with it
     datasets, faults = {}, []
     for split, build in find_splits(args.paths).items():
         try:
-            dataset = datasets[split] = build()
-        except (ValueError, OSError) as error:
-            faults += str(error).split("\n", 1)[-1].splitlines()     # without a list's heading
+            dataset = build()
+        except (UserError, OSError) as error:
+            found = getattr(error, "faults", [str(error)])
+            print(f"{split:8s} refused for {len(found)} fault(s), listed below")
+            faults += found
             continue
-        faults += (new := getattr(dataset, "faults", []))
-        sizes, remarks = getattr(dataset, "sizes", ()), []
-        print(f"{split:8s} {getattr(dataset, 'json_path', '') or dataset.folder}"
-              + (f", {len(new)} fault(s), see below; of what has none:" if new else ""), flush=True)
+        datasets[split] = dataset
+        print(f"{split:8s} {getattr(dataset, 'json_path', '') or dataset.folder}", flush=True)
+        sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:
-            sizes, new, remarks = open_images(dataset, args.num_workers)
-            faults += new
-        print(*describe_dataset(dataset, sizes), *remarks, sep="\n")
+            sizes, found = open_images(dataset, args.num_workers)
+            faults += found
+        print(*describe_dataset(dataset, sizes), sep="\n")
+
+    # all splits together
     if datasets:
         print(*objects_table(datasets), sep="\n")
     if len(datasets) == 2:
-        new, notes = compare_splits(*datasets.values())
-        faults += new
-        print(*notes, sep="\n", end="\n" * bool(notes))
+        found, notes = compare_splits(*datasets.values())
+        faults += found
+        for note in notes:
+            print(note)
+    faults = list(dict.fromkeys(faults))           # a folder of another layout is none for both
     print(f"{len(faults)} fault(s):" if faults else "no faults", *faults, sep="\n")
-    sys.exit(int(bool(faults)))
+    sys.exit(1 if faults else 0)
 
 
 def command():

@@ -26,7 +26,7 @@ import torch
 
 from images import draw_ground, draw_shape, ground_colors, read_image, resized
 from coco_eval import UserError, UserFileError, read_json
-from check_data import check_coco, without_faults
+from check_data import DataFaults, check_coco, coco_faults
 from classification import ImageFolder, ShapesClassification
 
 # -- boxes ---------------------------------------------------------------------------------------
@@ -215,25 +215,21 @@ class CocoDataset(DetectionDataset):
 
     json_path, image_dir: the two paths; classes: names in the order wanted for the labels (those of
     the training set or of a checkpoint), None: the file's own, by ascending category id. Raises
-    FileNotFoundError, and ValueError that lists the faults found in the file (the first 20 and the
-    count), or the classes that differ. With sound_part, records with faults and what refers to them
-    are left out instead, and `faults` lists all of them.
+    UserFileError for a missing file or folder, DataFaults that list what is wrong with the file,
+    and UserError for categories that are not among `classes`.
     """
 
     def __init__(self, json_path, image_dir, image_size=800, max_size=1333, augment=False, seed=42,
-                 classes=None, sound_part=False):
+                 classes=None):
         super().__init__(image_size, max_size, augment, seed)
         data = read_json(json_path, "a COCO instances file")
         if not os.path.isdir(image_dir):
             raise UserFileError(f"image folder {image_dir} not found: it should hold the "
                                 f"images that {json_path} lists")
-        data, faults = without_faults(data, json_path, image_dir)
-        if faults and not (data and sound_part):
-            shown = len(faults) if sound_part else 20
-            more = f"\n... and {len(faults) - shown} more" if len(faults) > shown else ""
-            raise UserError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
-                            + "\n".join(faults[:shown]) + more)
-        self.faults, self.json_path, self.image_dir = faults, str(json_path), str(image_dir)
+        faults = list(coco_faults(data, json_path, image_dir))
+        if faults:
+            raise DataFaults(json_path, faults)
+        self.json_path, self.image_dir = str(json_path), str(image_dir)
         index = self._read_categories(data["categories"], classes)
         images = sorted(data["images"], key=lambda r: r["id"])
         self.image_ids = np.array([r["id"] for r in images])
@@ -489,14 +485,8 @@ class EvalSampler:
 
 # -- which data set ------------------------------------------------------------------------------
 
-def coco_paths(root, split):
-    """Annotation file and image folder of the split, "train" or "val", in COCO's layout."""
-    return (os.path.join(root, f"annotations/instances_{split}2017.json"),
-            os.path.join(root, f"{split}2017"))
-
-
 def data_paths(cfg, split):
-    """Annotation file and image folder that the options name for the split."""
+    """Annotation file and image folder that the options name for the split, "train" or "val"."""
     if not cfg.data:
         return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
     if not os.path.isdir(os.path.join(cfg.data, "annotations")):
@@ -506,7 +496,8 @@ def data_paths(cfg, split):
             f"--train_json, --train_images, --val_json and --val_images; for class folders give "
             f"a classifier, as --model poolformer_s12; no COCO at hand? leave --data out for the "
             f"built-in shapes")
-    return coco_paths(cfg.data, split)
+    return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
+            os.path.join(cfg.data, f"{split}2017"))
 
 
 def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
