@@ -1,22 +1,35 @@
 """What is wrong with a data set? The checks of COCO files, and the command that runs them.
 
     python check_data.py DIR [--images]                    # a summary, then all faults
-    python check_data.py TRAIN_JSON TRAIN_IMAGES VAL_JSON VAL_IMAGES
+    python check_data.py JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]
     faults = check_coco("instances.json", image_dir)       # a list of sentences
+
+Also here, as it keeps the arrays of files that have been checked: the cache of large annotation
+files.
 """
 
 import argparse
+import hashlib
 import os
 import reprlib
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from functools import partial
+
+try:
+    import fcntl
+except ImportError:                                # Windows
+    fcntl = None
 
 import numpy as np
 import torch
 
 from coco_eval import UserError, read_json
 
+
+# -- the checks of a COCO file -------------------------------------------------------------------
 
 def is_number(v):
     """Whether v is a number below 1e15 in magnitude: no bool, no NaN."""
@@ -34,22 +47,20 @@ def is_id(v):
     return isinstance(v, int) and not isinstance(v, bool) and -2**63 <= v < 2**63 or is_text(v)
 
 
-def show(v):
+def short_repr(v):
     """repr(v), cut short where it is long or deep."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 100
     return brief.repr(v)
 
 
-class DataFaults(UserError):
-    """A data set is refused: the sentence lists the first 20 faults, `faults` holds all."""
-
-    def __init__(self, path, faults):
-        lines = [f"{path} has {len(faults)} fault(s), mend the file:", *faults[:20]]
-        if len(faults) > 20:
-            lines.append(f"... and {len(faults) - 20} more")
-        super().__init__("\n".join(lines))
-        self.faults = faults
+def read_instances(path):
+    """The dict of a COCO instances file without its masks, which are most of the file: dropped
+    while it is read, they take no memory."""
+    def drop_mask(record):
+        record.pop("segmentation", None)
+        return record
+    return read_json(path, "a COCO instances file", drop_mask)
 
 
 def check_coco(data, path="annotations", image_dir=None):
@@ -60,15 +71,26 @@ def check_coco(data, path="annotations", image_dir=None):
     over the border, boxes of zero width or height, images without annotations.
     """
     if isinstance(data, (str, os.PathLike)):
-        data, path = read_json(data, "a COCO instances file"), data
+        data, path = read_instances(data), data
     return list(coco_faults(data, path, image_dir))
 
 
-def coco_faults(data, path, image_dir):
-    """The faults that check_coco lists, one after the other."""
-    lists = ("images", "image"), ("categories", "category"), ("annotations", "annotation")
+def refuse(path, faults):
+    """Raises UserError if there are faults: it lists the first 20, and all are its `faults`."""
+    faults = list(faults)
+    if not faults:
+        return
+    lines = [f"{path} has {len(faults)} fault(s), mend the file:", *faults[:20]]
+    if len(faults) > 20:
+        lines.append(f"... and {len(faults) - 20} more")
+    error = UserError("\n".join(lines))
+    error.faults = faults
+    raise error
 
-    # the file as a whole: nothing else is looked for where a list is missing
+
+def coco_faults(data, path, image_dir):
+    """Yields the faults that check_coco lists; `data` is what the file holds."""
+    # the file as a whole: without its three lists nothing else can be checked
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             yield (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
@@ -76,65 +98,75 @@ def coco_faults(data, path, image_dir):
             return
 
     # ids
+    names = {"images": "image", "categories": "category", "annotations": "annotation"}
     ids = {}
-    for key, name in lists:
+    for key, name in names.items():
         seen = ids[key] = set()
         for k, record in enumerate(data[key]):
             if not isinstance(record, dict):
-                yield f"{path}: {key}[{k}]: {show(record)} is not a record {{...}}"
+                yield f"{path}: {key}[{k}]: {short_repr(record)} is not a record {{...}}"
             elif is_id(record.get("id")):
                 if record["id"] in seen:
-                    yield f"{path}: {name} id {show(record['id'])} occurs twice"
+                    yield f"{path}: {name} id {short_repr(record['id'])} occurs twice"
                 seen.add(record["id"])
             elif key != "annotations" or "id" in record:             # annotations may have none
-                yield (f"{path}: {key}[{k}]: id {show(record.get('id'))} is not an integer of 64 "
-                       f"bits or a string of one line")
+                yield (f"{path}: {key}[{k}]: id {short_repr(record.get('id'))} is not an integer "
+                       f"of 64 bits or a string of one line")
         if key != "annotations" and not data[key]:
             yield f"{path}: the list of {key} is empty"
         if key != "annotations" and len({type(v) for v in seen}) > 1:
             yield f"{path}: {key} mix integer and string ids, use one of them"
 
-    # the fields of every record
-    names = set()
-    existing_files = set()                       # plain files; links are asked for one by one
-    if image_dir:
-        existing_files = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
-    checks = {"images": lambda r: image_faults(r, image_dir, existing_files),
-              "categories": lambda r: category_faults(r, names),
+    # the other fields
+    classes = set()
+    checks = {"images": image_faults, "categories": lambda r: category_faults(r, classes),
               "annotations": lambda r: annotation_faults(r, ids["images"], ids["categories"])}
-    for key, name in lists:
+    for key, name in names.items():
         for k, record in enumerate(data[key]):
             for fault in checks[key](record) if isinstance(record, dict) else ():
-                who = show(record["id"]) if "id" in record else f"number {k}"
-                where = f" (image {show(record.get('image_id'))})" if key == "annotations" else ""
-                yield f"{path}: {name} {who}{where}: {fault}"
+                who = short_repr(record["id"]) if "id" in record else f"number {k}"
+                if key == "annotations":
+                    who += f" (image {short_repr(record.get('image_id'))})"
+                yield f"{path}: {name} {who}: {fault}"
+
+    # the image files
+    if image_dir:
+        images = [r for r in data["images"] if isinstance(r, dict) and not image_faults(r)]
+        yield from file_faults(path, [r.get("id") for r in images],
+                               [r["file_name"] for r in images], image_dir)
 
 
-def image_faults(record, image_dir, existing_files):
+def image_faults(record):
     """What is wrong with one image record: a list of phrases."""
     faults, name = [], record.get("file_name")
     for side in ("width", "height"):
         value = record.get(side)
         if type(value) is not int or not 0 < value < 1e6:
-            faults.append(f"{side} {show(value)} is not a positive integer below a million")
+            faults.append(f"{side} {short_repr(value)} is not a positive integer below a million")
     if not is_text(name):
-        faults.append(f"file_name {show(name)} is not a string that names a file")
+        faults.append(f"file_name {short_repr(name)} is not a string that names a file")
     elif name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
-        faults.append(f"file_name {show(name)} leads out of the image folder")
-    elif image_dir and name not in existing_files:
-        path = os.path.join(image_dir, name)
-        if not os.path.isfile(path):
-            faults.append(f"file {path} not found, or no file")
+        faults.append(f"file_name {short_repr(name)} leads out of the image folder")
     return faults
+
+
+def file_faults(path, image_ids, names, image_dir):
+    """Yields a fault for each of the images whose file, of that name, is not in image_dir."""
+    existing_files = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
+    for id_, name in zip(image_ids, names):
+        file = os.path.join(image_dir, name)
+        # links, and files in folders below, are asked for one by one
+        if name not in existing_files and not os.path.isfile(file):
+            yield f"{path}: image {short_repr(id_)}: file {file} not found, or no file"
 
 
 def category_faults(record, names):
     """What is wrong with one category: a list of phrases. `names`: those before it, added to."""
     name = record.get("name")
     if not is_text(name):
-        return [f"name {show(name)} is not a string of one line"]
+        return [f"name {short_repr(name)} is not a string of one line"]
     if name in names:
-        return [f"name {show(name)} occurs twice, rename one or merge the two"]
+        return [f"name {short_repr(name)} occurs twice, rename one or merge the two"]
     names.add(name)
     return []
 
@@ -146,20 +178,106 @@ def annotation_faults(record, image_ids, category_ids):
         value = record.get(field)
         if not is_id(value) or value not in known:
             listed = {"image_id": "images", "category_id": "categories"}[field]
-            faults.append(f"{field} {show(value)} is not among the file's {listed}")
+            faults.append(f"{field} {short_repr(value)} is not among the file's {listed}")
     box, area = record.get("bbox"), record.get("area")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        faults.append(f"bbox {show(box)} is not a list of 4 finite numbers [x, y, width, height]")
+        faults.append(f"bbox {short_repr(box)} is not a list of 4 finite numbers [x, y, width, "
+                      f"height]")
     elif box[2] < 0 or box[3] < 0:
-        faults.append(f"bbox {show(box)} has a negative width or height; it should be [x, y, w, h]")
+        faults.append(f"bbox {short_repr(box)} has a negative width or height; it should be "
+                      f"[x, y, w, h]")
     if record.get("iscrowd", 0) not in (0, 1, None):
-        faults.append(f"iscrowd {show(record['iscrowd'])} is not 0 or 1")
+        faults.append(f"iscrowd {short_repr(record['iscrowd'])} is not 0 or 1")
     if area is not None and not (is_number(area) and area >= 0):
-        faults.append(f"area {show(area)} is not a finite number of 0 or more")
+        faults.append(f"area {short_repr(area)} is not a finite number of 0 or more")
     return faults
 
 
-# -- the check of a data set: python data.py DIR [--images] --------------------------------------
+def describe_boxes(dataset):
+    """Lines for the start of a run: the boxes that are not trained on, and what looks wrong."""
+    image = dataset.columns()["image"]
+    h, w = dataset.sizes[image].T
+    x2, y2 = (dataset.boxes[:, :2] + dataset.boxes[:, 2:]).T
+    boxes = dataset.clipped(slice(None), image)
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    over = (x2 > w + 2) | (y2 > h + 2)
+    lines = [f"         {len(image)} boxes; not trained on: {dataset.crowd.sum()} crowds, "
+             f"{empty.sum()} without area inside the image"]
+    if len(image) and over.mean() > 0.2:
+        lines.append(f"note     {over.mean():.0%} of the boxes reach over the border: are they "
+                     f"[x1, y1, x2, y2]? COCO's are [x, y, width, height]")
+    if len(image) and max(x2.max(), y2.max()) <= 1.5:
+        lines.append("note     no box reaches beyond 1.5 pixels: are they relative to the image's "
+                     "size? COCO's are in pixels")
+    return lines
+
+
+# -- a cache of large annotation files -----------------------------------------------------------
+
+CACHE_FORMAT = 1                                   # count up where the arrays of read_coco change
+CACHED_FROM = 20_000_000                           # bytes of an annotation file
+
+
+def load_arrays(path):
+    """The dict of arrays in a file of save_arrays, mapped read-only; None where that fails."""
+    try:
+        record = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return {name: np.asarray(record[name][0]) for name in record.dtype.names}
+
+
+def save_arrays(path, arrays):
+    """Writes a dict of arrays, whole or not at all: as one record, as np.load maps one array."""
+    fields = [(name, array.dtype, array.shape) for name, array in arrays.items()]
+    record = np.empty(1, np.dtype(fields, align=True))
+    for name, array in arrays.items():
+        record[name][0] = array
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            np.save(file, record)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError:                                # a full disk, say
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+
+
+def cached_arrays(path, read):
+    """read(), the dict of arrays of an annotation file; of a large file they are read only once.
+
+    The first process reads them and writes them to a cache while the others on the machine wait;
+    all of them, and every later start, map the cache. It is the folder metaformer_detr_<user id>
+    in the system's folder for temporary files (TMPDIR), and can be deleted at any time. Where it
+    cannot be used, each process reads for itself.
+    """
+    if fcntl is None or not os.path.isfile(path) or os.path.getsize(path) < CACHED_FROM:
+        return read()
+    stat = os.stat(path)
+    key = f"{CACHE_FORMAT} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    try:
+        folder = os.path.join(tempfile.gettempdir(), f"metaformer_detr_{os.getuid()}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.stat(folder).st_uid != os.getuid():                    # another user can write there
+            return read()
+        lock = open(os.path.join(folder, f"{name}.lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)           # until it is closed or this process ends
+    except OSError:
+        return read()
+
+    with lock:
+        cache = os.path.join(folder, f"{name}.npy")
+        arrays = load_arrays(cache)
+        if arrays is None:
+            arrays = read()
+            save_arrays(cache, arrays)
+            arrays = load_arrays(cache) or arrays                    # mapped, the memory is shared
+    return arrays
+
+
+# -- the command: python check_data.py DIR [--images] -------------------------------------------
 
 def find_splits(paths):
     """{split: function that gives its data set} of the paths on the command line."""
@@ -283,7 +401,7 @@ def main(argv=None):
             faults += found
             continue
         datasets[split] = dataset
-        print(f"{split:8s} {getattr(dataset, 'json_path', '') or dataset.folder}", flush=True)
+        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}", flush=True)
         sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:
             sizes, found = open_images(dataset, args.num_workers)
