@@ -149,10 +149,10 @@ def apply_plan(image, boxes, labels, plan):
 # -- data sets -----------------------------------------------------------------------------------
 
 class DetectionDataset(torch.utils.data.Dataset):
-    """Images with boxes. A subclass fills ten arrays and says, by `read`, how image i is read.
+    """Images with boxes. A subclass fills ten arrays and image_dir, or has a `read` of its own.
 
     classes: K names of the labels; category_ids: the K ids they have in the annotations
-    image_ids (N,), files (N,), sizes (N, 2) (height, width)
+    image_ids (N,); files (N,) below image_dir, str or bytes; sizes (N, 2) (height, width)
     boxes (M, 4) float64 xywh in pixels as annotated, area (M,) float64, labels (M,) int64 class
     index, crowd (M,) bool; rows offsets[i] to offsets[i + 1] - 1 are those of image i
     Numpy arrays, not Python objects: loader workers share their memory.
@@ -194,6 +194,13 @@ class DetectionDataset(torch.utils.data.Dataset):
         boxes = self.clipped(rows, i)
         use = ~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)
         return boxes[use], self.labels[rows][use]
+
+    def path(self, i):
+        return os.path.join(self.image_dir, os.fsdecode(self.files[i]))
+
+    def read(self, i):
+        """Image i as an RGB PIL image."""
+        return read_image(self.path(i), self.sizes[i].tolist(), f" (image id {self.image_ids[i]})")
 
     def __getitem__(self, key):
         """Image uint8 (3, H, W) and target; key is an index or (epoch, index)."""
@@ -254,7 +261,7 @@ def read_coco(json_path, image_dir):
         "category_names": np.array([r["name"] for r in categories]),
         "category_ids": np.array([r["id"] for r in categories]),
         "image_ids": np.array([r["id"] for r in images]),
-        "files": np.array([r["file_name"].encode() for r in images]),
+        "files": np.array([os.fsencode(r["file_name"]) for r in images]),
         "sizes": np.array([(r["height"], r["width"]) for r in images]),
         "offsets": np.searchsorted(image[order], np.arange(len(images) + 1)),
         "boxes": boxes[order],
@@ -283,7 +290,7 @@ class CocoDataset(DetectionDataset):
         arrays = cached_arrays(json_path, lambda: read_coco(json_path, image_dir))
         for name in ("image_ids", "files", "sizes", "offsets", "boxes", "area", "crowd"):
             setattr(self, name, arrays[name])
-        names = [name.decode() for name in self.files.tolist()]
+        names = [os.fsdecode(name) for name in self.files.tolist()]
         refuse(json_path, file_faults(json_path, self.image_ids.tolist(), names, image_dir))
 
         # labels are indices into `classes`
@@ -298,13 +305,6 @@ class CocoDataset(DetectionDataset):
         label_of_category = np.array([self.classes.index(name) for name in ids])
         self.labels = label_of_category[arrays["categories"]]
         self.notes = describe_boxes(self)
-
-    def path(self, i):
-        return os.path.join(self.image_dir, self.files[i].decode())
-
-    def read(self, i):
-        """Image i as an RGB PIL image."""
-        return read_image(self.path(i), self.sizes[i].tolist(), f" (image id {self.image_ids[i]})")
 
 
 class ShapesDataset(DetectionDataset):
