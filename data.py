@@ -53,7 +53,7 @@ def iou_and_giou(a, b):
 
     # intersection and union
     wh = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    wh = wh.clamp(min=0)
+    wh = wh.clamp(min=0)                                             # 0 where they are apart
     inter = wh[..., 0] * wh[..., 1]
     union = area_a + area_b - inter
 
@@ -102,7 +102,7 @@ def plan_training(h, w, image_size, max_size, rng):
 
     flip, resize_before_crop, crop = rng.random() < 0.5, None, None
 
-    # resize and crop; not a line of pixels, whose longer side would get huge
+    # resize and crop, unless the image is a line, whose longer side would get huge
     if rng.random() < 0.5 and max(h, w) <= 20 * min(h, w):
         h, w = resize_before_crop = resized(h, w, scaled(rng.choice((400, 500, 600))))
         crop_h = rng.randint(scaled(384), min(h, scaled(600)))
@@ -151,20 +151,22 @@ def apply_plan(image, boxes, labels, plan):
 class DetectionDataset(torch.utils.data.Dataset):
     """Images with boxes. A subclass fills ten arrays and image_dir, or has a `read` of its own.
 
-    classes: K names of the labels; category_ids: the K ids they have in the annotations
-    image_ids (N,); files (N,) below image_dir, str or bytes; sizes (N, 2) (height, width)
-    boxes (M, 4) float64 xywh in pixels as annotated, area (M,) float64, labels (M,) int64 class
-    index, crowd (M,) bool; rows offsets[i] to offsets[i + 1] - 1 are those of image i
-    Numpy arrays, not Python objects: loader workers share their memory.
+    classes, category_ids   lists of the K names of the labels, and of their ids in the annotations
+    image_ids, files        (N,) ids, and names below image_dir, str or bytes
+    sizes                   (N, 2) height and width in pixels
+    offsets                 (N + 1,) image i has the rows offsets[i]:offsets[i + 1] of the others:
+    boxes, area             (M, 4) xywh in pixels, as annotated, and (M,), float64
+    labels, crowd           (M,) int64 index into classes, and bool
 
-    source: the annotations, as messages call them; notes: lines that a run prints at its start;
-    missing: those of the classes that the annotations lack.
+    Numpy arrays, not Python objects, are memory that loader workers share.
     """
 
     def __init__(self, image_size, max_size, augment, seed):
         self.image_size, self.max_size = image_size, max_size
         self.augment, self.seed = augment, seed
-        self.source, self.notes, self.missing = "", [], []
+        self.source = ""                           # the annotations, as messages call them
+        self.notes = []                            # lines that a run prints at its start
+        self.missing = []                          # classes that the annotations lack
 
     def __len__(self):
         return len(self.image_ids)
@@ -184,7 +186,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     def clipped(self, rows, images):
         """The boxes of some rows, float32 xyxy in pixels, clipped to their images."""
         boxes = self.boxes[rows].astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 2:] += boxes[:, :2]                                 # width, height to x2, y2
         return boxes.clip(0, self.sizes[images][..., [1, 0, 1, 0]].astype(np.float32))
 
     def objects(self, i):
@@ -208,11 +210,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         plan = self.plan(epoch, i)
         image, boxes, labels = apply_plan(self.read(i), *self.objects(i), plan)
 
-        h, w = plan.size
+        h, w = plan.size                                             # boxes to cxcywh in [0, 1]
         boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / torch.tensor([w, h, w, h])
         target = {"labels": torch.from_numpy(labels), "boxes": boxes, "index": i,
                   "orig_size": tuple(self.sizes[i].tolist())}
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), target
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), target         # (3, H, W)
 
     def columns(self):
         """The ground truth as evaluate_columns takes it; image is the index in this data set."""
@@ -226,6 +228,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         if len(images) < n:
             raise UserError(f"--overfit {n}: only {len(images)} of {len(self)} images have objects")
 
+        # their boxes, and where those of each image begin
         rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in images]
         self.offsets = np.cumsum([0] + [len(r) for r in rows])
         for name in ("image_ids", "files", "sizes"):
@@ -245,12 +248,12 @@ def read_coco(json_path, image_dir):
     categories = sorted(data["categories"], key=lambda r: r["id"])
     annotations = data["annotations"]
 
-    # the order of the annotations: by image, of one image as in the file
+    # annotations by image; those of one image in the order of the file
     image_index = {r["id"]: i for i, r in enumerate(images)}
     image = np.array([image_index[r["image_id"]] for r in annotations], np.int64)
     order = np.argsort(image, kind="stable")
 
-    # one entry for each annotation, in the order of the file
+    # the fields of the annotations, in the order of the file
     category_index = {r["id"]: k for k, r in enumerate(categories)}
     category = [category_index[r["category_id"]] for r in annotations]
     area = [r["bbox"][2] * r["bbox"][3] if r.get("area") is None else r["area"]
@@ -264,7 +267,7 @@ def read_coco(json_path, image_dir):
         "files": np.array([os.fsencode(r["file_name"]) for r in images]),
         "sizes": np.array([(r["height"], r["width"]) for r in images]),
         "offsets": np.searchsorted(image[order], np.arange(len(images) + 1)),
-        "boxes": boxes[order],
+        "boxes": boxes[order],                                       # the others by image
         "area": np.array(area, np.float64)[order],
         "categories": np.array(category, np.int64)[order],
         "crowd": np.array(crowd, bool)[order]}
@@ -323,8 +326,9 @@ class ShapesDataset(DetectionDataset):
         self.image_ids, self.files = np.arange(1, n + 1), np.arange(n)
         self.sizes = np.full((n, 2), side)
 
+        # the objects of all images in a row: (label, xywh, colour)
         scenes = [self._scene(i)[1] for i in range(n)]
-        objects = [o for scene in scenes for o in scene]             # (label, xywh, colour)
+        objects = [o for scene in scenes for o in scene]
         self.offsets = np.cumsum([0] + [len(s) for s in scenes])
         self.boxes = np.array([o[1] for o in objects], np.float64)
         self.area = self.boxes[:, 2] * self.boxes[:, 3]
@@ -392,7 +396,7 @@ def collate(samples):
     IH, IW = (max(image.shape[d] for image, _ in samples) for d in (1, 2))
     # channels last, as decoders give pixels and convolutions want them: rows are copied whole
     images = torch.zeros(B, IH, IW, 3, dtype=samples[0][0].dtype).permute(0, 3, 1, 2)
-    valid = torch.zeros(B, IH, IW, dtype=torch.bool)
+    valid = torch.zeros(B, IH, IW, dtype=torch.bool)                 # True = image
     for k, (image, _) in enumerate(samples):
         _, h, w = image.shape
         images[k, :, :h, :w] = image
