@@ -25,7 +25,7 @@ except ImportError:                                # Windows
 import numpy as np
 import torch
 
-from coco_eval import UserError, read_json
+from coco_eval import UserError, UserFileError, read_json
 
 
 # -- the checks of a COCO file -------------------------------------------------------------------
@@ -101,6 +101,9 @@ def annotation_faults(record, image_ids, category_ids):
 
 def file_faults(path, image_ids, names, image_dir):
     """Yields a sentence for each image whose file is missing. image_ids, names: of the images."""
+    if not os.path.isdir(image_dir):
+        raise UserFileError(f"image folder {image_dir} not found: it should hold the images that "
+                            f"{path} lists")
     existing_files = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
     for id_, name in zip(image_ids, names):
         file = os.path.join(image_dir, name)

@@ -285,9 +285,6 @@ class CocoDataset(DetectionDataset):
                  classes=None):
         super().__init__(image_size, max_size, augment, seed)
         self.source, self.image_dir = str(json_path), str(image_dir)
-        if not os.path.isdir(image_dir):
-            raise UserFileError(f"image folder {image_dir} not found: it should hold the "
-                                f"images that {json_path} lists")
 
         # a large file is read once, then mapped from a cache; the images are looked for each time
         arrays = cached_arrays(json_path, lambda: read_coco(json_path, image_dir))
