@@ -3,7 +3,7 @@
     python bench.py step                            # match, loss, backward, clip, optimizer too
     python bench.py forward --batch_size 1 --height 480 --width 640 --dtype bfloat16
     python bench.py loss --batch_size 8 --objects 20            # matching and loss alone
-    python bench.py step --without sdpa fused_adamw             # beside ours with these two off
+    python bench.py step --without folded_norm fused_adamw             # beside ours with these two off
     python bench.py step --each --memory                        # ... with one lever off at a time
     python bench.py step --official ../detr                     # beside the official code
     python bench.py loader --data coco --images 64 --official ../detr
@@ -56,25 +56,12 @@ import train
 
 # what can be turned off, and the modes in which it can matter; without_levers says for what
 LEVERS = {
-    "channels_last": ("forward", "step"), "sdpa": ("forward", "step"),
-    "mask_none": ("forward", "step"), "folded_norm": ("forward", "step"),
-    "fused_adamw": ("step",), "reused_grads": ("step",), "fast_dropout": ("step",),
-    "async_log": ("step",), "one_transfer": ("step", "loss"),
-    "broadcast_l1": ("step", "loss"), "per_image_cost": ("step", "loss"), "uint8": ("loader",)}
+    "channels_last": ("forward", "step"), "folded_norm": ("forward", "step"),
+    "fused_adamw": ("step",), "reused_grads": ("step",), "one_transfer": ("step", "loss"),
+    "per_image_cost": ("step", "loss"), "uint8": ("loader",)}
 
 
 # -- levers off ----------------------------------------------------------------------------------
-
-@torch.no_grad()
-def cdist_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou):
-    """matching_cost with its L1 distance by cdist."""
-    labels, target_boxes = matcher.pad_targets(targets, logits.shape[-1] - 1, logits.device)
-    L, B, Q, _ = boxes.shape
-    p = logits.softmax(-1).gather(3, labels[None, :, None].expand(L, B, Q, -1))
-    l1 = torch.cdist(boxes, target_boxes.expand(L, -1, -1, -1), p=1)
-    giou = data.generalized_box_iou(data.cxcywh_to_xyxy(boxes), data.cxcywh_to_xyxy(target_boxes))
-    return cost_bbox * l1 - cost_class * p - cost_giou * giou
-
 
 @torch.no_grad()
 def all_pairs_cost(logits, boxes, targets, *weights, cost=matcher.matching_cost):
@@ -91,10 +78,6 @@ def match_by_layer(logits, boxes, targets, *weights):
     return [matcher.match(x, b, targets, *weights) for x, b in zip(logits, boxes)]
 
 
-def always_masked(images, valid, device):
-    return images.to(device), valid.to(device)
-
-
 def norm_of_conv(x, conv, norm):
     return norm(conv(x))
 
@@ -103,10 +86,6 @@ def free_gradients(optimizer, step=torch.optim.AdamW.step):
     """A step after which no gradient is kept, so that the next forward pass runs without them."""
     step(optimizer)
     optimizer.zero_grad()
-
-
-def read_losses(*args, step=train.train_step):
-    return {name: value.item() for name, value in step(*args).items()}
 
 
 def float_item(self, key, item=data.DetectionDataset.__getitem__):
@@ -129,27 +108,17 @@ class PlainAdamW(torch.optim.AdamW):
 
 def without_levers(off):
     """A context in which the product lacks the levers `off`."""
-    cost = cdist_cost if "broadcast_l1" in off else matcher.matching_cost
-    if "per_image_cost" in off:
-        cost = functools.partial(all_pairs_cost, cost=cost)
     replacements = {
         "channels_last": (torch, "channels_last", torch.contiguous_format),
-        "sdpa": (F, "scaled_dot_product_attention", mixers_py.explicit_attention),
-        "mask_none": (train, "to_device", always_masked),
         "folded_norm": (resnet_py, "conv_norm", norm_of_conv),
         "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
         "reused_grads": (torch.optim.AdamW, "step", free_gradients),
-        "fast_dropout": (mixers_py, "dropout", F.dropout),
-        "async_log": (train, "train_step", read_losses),
         "one_transfer": (losses, "match", match_by_layer),
-        "broadcast_l1": (matcher, "matching_cost", cost),
-        "per_image_cost": (matcher, "matching_cost", cost),
+        "per_image_cost": (matcher, "matching_cost", all_pairs_cost),
         "uint8": (data.DetectionDataset, "__getitem__", float_item)}
     stack = contextlib.ExitStack()
     for lever in off:
         stack.enter_context(patch.object(*replacements[lever]))
-    if "fast_dropout" in off:
-        stack.enter_context(patch.object(model_py, "dropout", F.dropout))
     return stack
 
 

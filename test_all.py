@@ -4469,9 +4469,8 @@ def test_a_frozen_norm_is_the_same_folded_into_its_convolution(size, training, f
     assert_close(torch.autograd.grad(y.square().sum(), inputs), grads, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("off", [["broadcast_l1"], ["per_image_cost"],
-                                 ["broadcast_l1", "per_image_cost", "one_transfer"], ["sdpa"],
-                                 ["folded_norm", "channels_last", "mask_none"],
+@pytest.mark.parametrize("off", [["per_image_cost"], ["per_image_cost", "one_transfer"],
+                                 ["folded_norm", "channels_last"],
                                  ["fused_adamw", "reused_grads"]])
 def test_levers_change_the_speed_alone(off):
     modes = bench.LEVERS[off[0]]
@@ -4486,15 +4485,14 @@ def test_levers_change_the_speed_alone(off):
     assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_levers_of_dropout_and_gradients_are_off(monkeypatch):
+def test_lever_of_reused_gradients_is_off(monkeypatch):
     args = bench.options().parse_args(["step", "--height", "64", "--width", "64", "--model",
                                        "detr_tiny", "--device", "cpu"])
     model = bench.make_model(args)
     monkeypatch.setattr(bench, "make_model", lambda args: model)
-    for off, freed in (([], False), (["fast_dropout", "reused_grads"], True)):
+    for off, freed in (([], False), (["reused_grads"], True)):
         with bench.without_levers(off):
             bench.make_run(args)()
-            assert (mixers_py.dropout is F.dropout) == freed
         assert all(p.grad is None for p in model.parameters()) == freed
 
 
@@ -4520,7 +4518,7 @@ def bench_line(capsys, monkeypatch, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("what, levers", [("forward", 4), ("step", 11), ("loss", 3)])
+@pytest.mark.parametrize("what, levers", [("forward", 2), ("step", 6), ("loss", 2)])
 def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, what, levers):
     r = bench_line(capsys, monkeypatch, what, "--each", "--model", "detr_tiny", "--height", 64,
                    "--width", 64, "--repeats", 1, "--device", "cpu", "--peak_tflops", 0.1)
