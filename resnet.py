@@ -108,25 +108,16 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": SyncedBatchNorm2d}
 # -- blocks --------------------------------------------------------------------------------------
 
 def conv_norm(x, conv, norm):
-    """norm(conv(x)) of a convolution without bias or groups.
+    """norm(conv(x)), for a convolution without bias or groups.
 
-    A frozen norm becomes part of weight and bias, so that no pass over the map is left for it,
-    forward or backward. In training on a CPU it stays a pass where the map has fewer pixels than a
-    kernel has weights, as it costs less there. No forward hook of the convolution or of a norm that
-    became part of it runs.
+    Folds a frozen norm into the convolution's weight and bias, which saves a pass over the feature
+    map. Forward hooks of the convolution and of a folded norm do not run.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    weight, bias, cpu = conv.weight, None, x.device.type == "cpu"
-    pixels = x[:, 0].numel() // conv.stride[0]**2
-    folded = not (cpu and conv.training and weight[0].numel() > pixels)
-    if folded:
-        scale, bias = norm.scale_and_shift()
-        weight = weight * scale[:, None, None, None]
-    # dilation is nothing to a 1 x 1 kernel, but with it torch takes oneDNN on one thread, too
-    dilation = 2 if cpu and conv.kernel_size == (1, 1) else conv.dilation
-    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, dilation)
-    return y if folded else norm(y)
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
 
 
 class ConvNorm(nn.Sequential):
