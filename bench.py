@@ -7,14 +7,14 @@
     python bench.py step --each --memory                        # ... and without one at a time
     python bench.py step --official ../detr                     # ... and by the official code
     python bench.py loader --data coco --batch_size 8           # images/s, and share of padding
-    python bench.py mixers --batch_size 1 --plot mixers.png        # encoder by mixer and tokens
+    python bench.py mixers --batch_size 1 --plot mixers.png     # encoder by mixer and tokens
     python bench.py evaluator                       # COCO evaluation of 500,000 detections
     python bench.py evaluator --peers --repeats 5   # ... and by pycocotools and others
     python bench.py sizes                           # parameters, multiply-adds, speed of all models
 
-Runs to compare have the same work and weights and alternate, A B C A B C ...; "seconds" are their
-medians and extremes, "ratio" is the median of each over that of ours. Evaluators run in processes
-of their own, where CPU seconds (user and system) are counted.
+Runs that are compared do the same work with the same weights and alternate, A B C A B C ...;
+"seconds" are medians and extremes, "ratio" is the median of each over that of ours. An evaluator
+runs in a process of its own, whose CPU seconds (user and system) are counted.
 """
 
 import argparse
