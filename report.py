@@ -1,13 +1,14 @@
-"""What a run says: banner, progress lines, logs, pictures; and why a step failed."""
+"""What a run says: banner, progress lines, logs, pictures; how it stops, and why a step failed."""
 
 import itertools
 import json
 import math
 import os
 import random
+import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from coco_eval import UserError, UserFileError
 from images import contact_sheet
 from resnet import RESNETS
-from data import collate, cxcywh_to_xyxy, data_paths, to_device
+from data import collate, cxcywh_to_xyxy, to_device
 from matcher import NotFiniteError
 from losses import LOSS_TERMS, loss_normalizers
 from config import OVERFIT_REPEATS
@@ -35,6 +36,49 @@ def say(run, *words, **options):
             sys.stdout = open(os.devnull, "w")
 
 
+# -- stopping -----------------------------------------------------------------------------------
+
+def catch_signals():
+    """A dict whose "stop" becomes 1.0 on Ctrl-C, SIGTERM or SIGHUP (a number, as processes add it
+    up), and "code" 128 + the signal.
+
+    A second Ctrl-C exits at once, and so does the first signal while "safe" is set, when nothing
+    would be lost.
+    """
+    interrupt = {"stop": 0.0, "code": 130, "safe": False}
+
+    def handler(number, frame):
+        again = interrupt["stop"]
+        interrupt.update(stop=1.0, code=128 + number)
+        if not again and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):                                  # the terminal may be gone
+                os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
+        if interrupt["safe"] or again and number == signal.SIGINT:
+            sys.exit(interrupt["code"])
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+    return interrupt
+
+
+def ignore_signals(worker):
+    """For loader workers: Ctrl-C, torchrun and batch systems signal all processes of a run, but the
+    training process alone decides what to do, and needs its workers until it has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                     # Windows lacks some
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))        # from end_workers
+
+
+def end_workers():
+    """Ends the loader workers of this process, which Python's own SIGTERM at exit would not."""
+    for worker in torch.multiprocessing.active_children():
+        if hasattr(signal, "SIGUSR1"):
+            os.kill(worker.pid, signal.SIGUSR1)
+
+
 # -- banner --------------------------------------------------------------------------------------
 
 def banner(run):
@@ -44,9 +88,9 @@ def banner(run):
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     steps = run.train_loader.batch_sampler.steps
     most = int(np.diff(train_set.offsets).max()) if detector else 1
-    data = {"coco": "COCO files", "image_folder": "class folders"}.get(cfg.kind)
+    data = {"coco": "annotations", "image_folder": "class folders"}.get(cfg.kind)
     if data:
-        data += f", {data_paths(cfg, 'train')[0] if detector else cfg.data}"
+        data += f", {train_set.source if detector else cfg.data}"
     else:
         why = "no --data, and no folder data/coco" if detector else "no --data"
         data = f"built-in {cfg.kind.replace('_', ' ')}, {cfg.image_size} pixels ({why})"
