@@ -527,7 +527,9 @@ def describe_ids(ids):
     """How many ids, the first, the last and their types, for an error message."""
     ids = sorted(set(ids), key=lambda i: (type(i).__name__, i))
     types = " and ".join(sorted({type(i).__name__ for i in ids}))
-    return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
+    if not ids:
+        return "no ids"
+    return f"{len(ids)} ids, {repr(ids[0]):.100} to {repr(ids[-1]):.100} ({types})"
 
 
 def index_ids(gt, field, chosen, order=sorted):
@@ -833,6 +835,16 @@ def result_json(result):
                for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
 
 
+def check_output(flag, path, *inputs):
+    """Raises UserError, before the work, if a file to write has no folder or is one of inputs."""
+    if not path:
+        return
+    if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
+        raise UserError(f"{flag} {path} should be a file in a folder that is there")
+    if os.path.realpath(path) in [os.path.realpath(name) for name in inputs if name]:
+        raise UserError(f"{flag} {path} would be written over what is read")
+
+
 def main(argv=None):
     """The command: reads two files, prints the summary and the table of classes."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -846,12 +858,7 @@ def main(argv=None):
                         help="pycocotools' answer also where it is odd, see coco_eval")
     parser.add_argument("--json", default="", help="write all numbers and curves there")
     args = parser.parse_args(argv)
-    if args.json and (not os.path.isdir(os.path.dirname(args.json) or ".")
-                      or os.path.isdir(args.json)):
-        raise UserError(f"--json {args.json} should be a file in a folder that is there")
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, (args.gt, args.dt)):
-        raise UserError(f"--json {args.json} would be written over what is read")
-
+    check_output("--json", args.json, args.gt, args.dt)
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
     print(summary(result), ap_table(result), sep="\n\n")
     if args.json:

@@ -78,8 +78,8 @@ def generalized_box_iou(a, b):
 
 # -- augmentation --------------------------------------------------------------------------------
 
-# The steps that change an image, in this order: flip (bool), resize to `resize_before_crop` (h, w), crop
-# (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan is drawn from the
+# The steps that change an image, in this order: flip (bool), resize to `resize_before_crop` (h, w),
+# crop (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan is drawn from the
 # image's size alone, so that the sampler knows every final shape without opening a file.
 Plan = namedtuple("Plan", "flip resize_before_crop crop size")
 
