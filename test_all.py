@@ -2923,7 +2923,8 @@ def run_of(model, optimizer, wrapped=None, loss_cfg=LossConfig(), **options):
     task = train.CLASSIFICATION if isinstance(loss_cfg, ClassLossConfig) else train.DETECTION
     world = dist.get_world_size() if dist.is_initialized() else 1
     return train.Run(train.TrainConfig(**options), model.cfg, loss_cfg, task, model,
-                     wrapped or model, optimizer, None, None, 0, world, "cpu", torch.float32, {})
+                     wrapped or model, optimizer, None, None, 0, world, "cpu", torch.float32,
+                     {}, None)
 
 
 def gradients(model, parts, counts, wrapped=None, loss_cfg=LossConfig()):
@@ -3515,6 +3516,84 @@ def test_an_option_from_another_version_is_refused_by_name(capsys):
     torch.save(state, "newer.pt")
     assert run("--resume", "newer.pt", "--output_dir", "b") == 2
     assert "format 3 (1 and 2 are known)" in capsys.readouterr().err
+
+
+def start_two(*options_of_rank):
+    """Messages of two processes of one run, each with options of its own."""
+    here, port = os.path.dirname(os.path.abspath(__file__)), free_port()
+    jobs = [subprocess.Popen(
+        [sys.executable, f"{here}/train.py", *TINY, *options], text=True, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2",
+                                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank, options in enumerate(options_of_rank)]
+    return [job.communicate(timeout=120)[1] for job in jobs]
+
+
+def test_processes_started_with_other_options_say_which(monkeypatch):
+    for message in start_two(["--lr", "0.5", "--eval_every", "1"], ["--eval_every", "2"]):
+        assert "lr is 0.5 on rank 0, 0.001 on rank 1" in message and "Traceback" not in message
+        assert "eval_every is 1 on rank 0, 2 on rank 1" in message
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2, but RANK is not set" in run(*TINY)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fcntl")
+def test_a_second_run_in_the_folder_names_the_first():
+    here = os.path.dirname(os.path.abspath(__file__))
+    first = subprocess.Popen([sys.executable, f"{here}/train.py", *TINY, "--epochs", "500"],
+                             stdout=subprocess.PIPE, text=True)
+    while "step" not in first.stdout.readline():
+        pass
+    message = run(*TINY, "--seed", 9)
+    first.kill()
+    first.communicate()
+    assert f"another run writes to out (process {first.pid} on " in message
+    assert "another run" not in str(run(*TINY, "--seed", 9))         # the lock died with it
+
+
+def test_logs_of_another_run_are_kept():
+    assert run(*TINY, "--epochs", 1) == 0
+    before = open("out/log.txt").read()
+    for name in ("ckpt.pt", "best.pt"):
+        os.remove(f"out/{name}")
+    assert run(*TINY, "--epochs", 1, "--seed", 5) == 0
+    assert open("out/log.txt.bak").read() == before and len(lines("out/log.txt")) == 1
+    os.mkdir("mine")
+    Path("mine/steps.txt").write_text("my own notes\n")
+    assert run(*TINY, "--epochs", 1, "--output_dir", "mine") == 0
+    assert Path("mine/steps.txt.bak").read_text() == "my own notes\n"
+
+
+def test_no_command_writes_over_what_it_reads(tmp_path):
+    assert run(*TINY_FILES, *coco_files(tmp_path, "train", 9), *coco_files(tmp_path, "val", 2),
+               "--epochs", 1) == 0
+    for flag, path in (("--json", "out/ckpt.pt"), ("--save_json", "val.json"),
+                       ("--json", "gone/x.json"), ("--save_json", "out")):
+        with pytest.raises(ValueError, match=f"{flag} {path} (would be written over|should be a f)"):
+            evaluate.main(["out/ckpt.pt", "--num_workers", "0", flag, path])
+    for name in ("a.png", "a_detections.jpg"):
+        Image.new("RGB", (40, 30), "red").save(name)
+    photo = Path("a_detections.jpg").read_bytes()
+    predict.main(["out/ckpt.pt", "a.png", "a_detections.jpg", "--out", "."])
+    assert Path("a_detections.jpg").read_bytes() == photo
+    assert {"a_detections_2.jpg", "a_detections_detections.jpg"} <= set(os.listdir())
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--seed", 2**63], "--seed 9223372036854775808 must be below"),
+    (["--image_size", 100_000, "--max_size", 100_000], "--max_size 100000 is more than 20,000")])
+def test_numbers_that_no_machine_can_take_are_named(capsys, options, words):
+    assert run(*options) == 2 and words in capsys.readouterr().err
+
+
+def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
+    assert run(*TINY, "--seed", 20261121150000, "--epochs", 1) == 0
+    files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
+    content = json.loads(files[1].read_text())
+    for record in content["annotations"]:
+        record["iscrowd"] = 1
+    files[1].write_text(json.dumps(content))
+    assert "no annotations but crowds" in run(*TINY_FILES, *files, "--output_dir", "b")
 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
