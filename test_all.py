@@ -1,13 +1,11 @@
 """One test per promise: python -m pytest test_all.py
-The evaluator on 4 x 2000 random cases beside pycocotools: python test_all.py 2000
-Training killed 20 times and started again, in 1 or 2 processes: python test_all.py kill 20 2
+Longer runs of what kills, changes files at random and compares with pycocotools: stress.py
 
 Expected values come from elsewhere: by hand, from a loop written here, from torch's own modules, or
 computed by the official code (facebookresearch/detr at 29901c5, CPU, float32) and copied here.
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import io
@@ -24,14 +22,12 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import zlib
 from dataclasses import asdict
 from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # more wait for each other where cores are shared
 
@@ -58,10 +54,11 @@ import evaluate
 import train
 import predict
 import bench
+import stress
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
-from coco_eval import coco_eval, evaluate_columns, mask_edges, summary
-from check_data import check_coco, open_images, show
+from coco_eval import coco_eval, evaluate_columns, mask_edges
+from check_data import check_coco, open_images
 from resnet import ResNet
 from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
@@ -74,6 +71,8 @@ from checkpoint import load_backbone, load_weights, our_names
 from model import Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model
 from matcher import match
 from losses import LossConfig, loss_counts, set_loss
+from stress import (BOX, TINY, ann, annotation, assert_identical, checkpoint, det, lines,
+                    random_segmentation)
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -231,9 +230,6 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
 
 
 # -- data.py: COCO files -------------------------------------------------------------------------
-
-def annotation(id, image_id, category_id, bbox=(10, 5, 20, 30), **more):
-    return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
 
 
 def write_coco(root, **changes):
@@ -409,132 +405,9 @@ def test_unreadable_images_and_wrong_sizes_are_errors_that_name_the_file(tmp_pat
 
 # -- data.py: what can be wrong with a data set ---------------------------------------------------
 
-ODD_VALUES = (
-    None, True, False, 0, 1, -1, 2, 3.5, -3.5, 1e-300, 1e15, 1e30, -1e30, 10**30, -10**30, 2**31,
-    2**53, 2**63 - 1, 2**63, 2**64, -2**63, 1e308, math.nan, math.inf, -math.inf, "", "a", "7", " ",
-    "\ud800", "\udcff", "\0", "0.png\0", "a\nb", "a\u2028b", "\u202ea", "\U0001f9a7", "e\u0301",
-    "x" * 300, "x" * 100_000, "../0.png", "/etc/passwd", "C:\\0.png", "..\\0.png", ".", "folder",
-    [], {}, [[]], [1, 2, 3, 4], [1, [2], 3, 4], [1, 2, 3], [-5, -5, 3, 3], [0, 0, 0, 0],
-    [1e14, 0, 1e14, 1], [0, 0, 1e-40, 1e-40], [1, 1, math.nan, 1], ["1", 1, 1, 1], {"id": 1})
-
-
-def nodes(tree, path=()):
-    """(container, key, path) of everything in a tree of lists and dicts."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        yield tree, key, (*path, key)
-        if isinstance(tree[key], (dict, list)):
-            yield from nodes(tree[key], (*path, key))
-
-
-def mutate(content, rng):
-    """Change one thing in a COCO dict; how the record may be called in a message: a set."""
-    node, key, path = rng.choice([n for n in nodes(content)])
-    def names(path):
-        records = content.get(path[0])
-        if len(path) < 2 or not isinstance(records, list) or len(records) <= path[1]:
-            return {f'"{path[0]}"', f"list of {path[0]}", f"{path[0]}["}
-        id_ = records[path[1]].get("id") if isinstance(records[path[1]], dict) else None
-        return {f"{path[0]}[{path[1]}]", f"number {path[1]}", show(id_)}
-    before, kind, old = names(path), rng.randrange(12), node[key]
-    if kind < 4:
-        node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
-    elif kind == 4:
-        del node[key]
-        return before | {path[0]}                                    # the next one has its number
-    elif kind == 5 and isinstance(node, list):
-        node.insert(rng.randrange(len(node) + 1), copy.deepcopy(old))
-        return before | {path[0]}
-    elif kind == 5:
-        node[rng.choice(("", "id", "bbox", "\ud800", "extra"))] = node.pop(key)
-    elif kind == 6:
-        node[key] = rng.choice(([old], {"x": old}, str(old), [old] * 4))
-    elif kind > 6 and isinstance(old, (int, float)):
-        node[key] = rng.choice((-old, old + 0.5, old + 1, old * 1e30, old * 10**30, float(old),
-                                old / 3, 2 * old, str(old)))
-    else:
-        other, k, to = rng.choice([n for n in nodes(content) if n[2][:len(path)] != path])
-        if path[:len(to)] != to:
-            before |= names(to)
-            node[key], other[k] = copy.deepcopy(other[k]), copy.deepcopy(old)
-            return before | names(path) | names(to) | {path[0], to[0]}
-    return before | names(path)
-
-
-def mutate_text(text, rng):
-    """Change the bytes of a JSON file."""
-    at = rng.randrange(len(text))
-    odd = rng.choice((b"\xff", b"\0", b"[" * 100_000, b"{}", b"1e400", b"9" * 5000, b"NaN", b"'",
-                      b'"\\ud800"', b"\\", b"\xef\xbb\xbf", b"-", b",", b"//", b"[" * 900))
-    return rng.choice((text[:at], text[:at] + odd + text[at:], text[:at] + odd + text[at + 1:],
-                       b"\xef\xbb\xbf" + text, text * 2, odd, b"", text.decode().encode("utf-16")))
-
-
-def use(json_path, folder, train):
-    """Everything that a run does with a data set; with `train`, a step of training as well."""
-    dataset = CocoDataset(json_path, folder, 32, 64, augment=True)
-    n, columns = len(dataset), dataset.columns()
-    assert all(len(columns[k]) == len(columns["box"]) for k in columns)
-    assert all(np.isfinite(columns[k]).all() for k in ("box", "area"))
-    assert json.dumps([dataset.classes, dataset.category_ids]).encode()
-    assert len(set(dataset.image_ids.tolist())) == n
-    for sampler in (TrainSampler(dataset, min(2, n), 0), EvalSampler(dataset, 2)):
-        assert all(0 < v < 1000 for i in range(n) for v in dataset.plan(0, i).size)
-        for batch in sampler:
-            images, valid, targets = collate([dataset[key] for key in batch])
-            for target in targets:
-                corners = cxcywh_to_xyxy(target["boxes"])
-                assert ((corners > -1e-4) & (corners < 1.0001)).all()
-                assert (target["labels"] < len(dataset.classes)).all()
-    if train:
-        model = build_model("detr_tiny", num_classes=len(dataset.classes))
-        logits, boxes = model(images, valid)
-        loss = set_loss(logits, boxes, targets)["loss"]
-        loss.backward()
-        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters()
-                                       if p.grad is not None)
-
-
-def fuzz(root, seeds, train_every):
-    """Counts of what became of mutated COCO files: "fault", "size" (of an image file), "used"."""
-    Image.new("RGB", (8, 6)).save(root / "0.png")
-    Image.new("RGB", (5, 9)).save(root / "1.png")
-    Image.new("RGB", (1, 50)).save(root / "2.png")
-    (root / "folder").mkdir(exist_ok=True)
-    path, counts = root / "mutant.json", dict(fault=0, size=0, used=0)
-    for seed in seeds:
-        rng = random.Random(seed)
-        content = {
-            "images": [dict(id=i, file_name=f"{k}.png", width=w, height=h)
-                       for k, (i, w, h) in enumerate(((900, 8, 6), (2, 5, 9), (40, 1, 50)))],
-            "categories": [dict(id=i, name=n) for i, n in (
-                (90, "zebra"), (7, "ant"), (13, "mole"))],
-            "annotations": [annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in (
-                (701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
-                (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))]}
-        names = set()
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            names |= mutate(content, rng)
-        text = json.dumps(content).encode()
-        if rng.random() < 0.2:
-            text, names = mutate_text(text, rng), {"mutant.json"}
-        path.write_bytes(text)
-        try:
-            use(path, root, counts["used"] % train_every == train_every - 1)
-            counts["used"] += 1
-        except ValueError as error:
-            message = str(error)
-            kind = "size" if "annotations say" in message else "fault"
-            counts[kind] += 1
-            message.encode()                                         # can be printed
-            wanted = {"image id"} if kind == "size" else names
-            assert str(path) in message or kind == "size", (seed, message)
-            assert any(name in message for name in wanted), (seed, wanted, message)
-            assert len(message) < 10_000, seed
-    return counts
-
 
 def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
-    counts = fuzz(tmp_path, range(600), train_every=10)
+    counts = stress.fuzz(tmp_path, range(600), train_every=10)
     assert counts["fault"] > 400 and counts["used"] > 40 and sum(counts.values()) == 600
 
 
@@ -2100,16 +1973,7 @@ def test_parts_of_a_classification_step_add_up_and_are_float32_under_autocast():
 
 # -- the evaluator -------------------------------------------------------------------------------
 
-BOX = (10, 10, 50, 50)
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
-
-
-def ann(box=BOX, image_id=1, category_id=1, **more):
-    return dict(image_id=image_id, category_id=category_id, bbox=list(box), **more)
-
-
-def det(score, box=BOX, image_id=1, category_id=1):
-    return dict(image_id=image_id, category_id=category_id, bbox=list(box), score=score)
 
 
 def instances(*anns):
@@ -2123,155 +1987,10 @@ def check(anns, dets, **expected):
         assert stats[name] == pytest.approx(value, abs=1e-9), name
 
 
-def random_box_case(rng, odd=False):
-    """COCO dicts full of ties, crowds, empty cells, absent classes and odd sizes; D >= 1.
-
-    odd: with what pycocotools treats oddly too, ids 0 and doubled, NaN, negative sizes.
-    """
-    crowded = rng.random() < 0.15                               # over 100 detections in a cell
-    num_images, num_classes = (1, 1) if crowded else rng.integers(1, 5, 2)
-    G, D = rng.integers(0, 40), rng.integers(120, 260) if crowded else rng.integers(1, 120)
-    images, classes = rng.permutation(99)[:num_images], rng.permutation(99)[:num_classes]
-    xy, wh = rng.integers(0, 5, (G, 2)) * 5, rng.choice([0, 20, 30, 32, 96, 200], (G, 1))
-    boxes = np.concatenate([xy, wh, wh], axis=1) + rng.choice([0, 0, 0, 0.3], (G, 1))
-    areas = boxes[:, 2] * boxes[:, 3] * rng.choice([1, 1, 0.7, 0], G)
-    areas = np.where(rng.random(G) < 0.1, rng.choice([1024, 9216, 1e10, 2e10], G), areas)
-    anns = [dict(id=i + 1, image_id=int(rng.choice(images)), category_id=int(rng.choice(classes)),
-                 bbox=boxes[i].tolist(), area=float(areas[i]), iscrowd=int(rng.random() < 0.15))
-            for i in range(G)]
-    dets = []
-    for score in rng.integers(0, 12, D) / 12 if rng.random() < 0.7 else rng.random(D):
-        a = anns[rng.integers(G)] if G and rng.random() < 0.8 else ann((0, 0, 20, 20), -1)
-        jitter = rng.choice([0, 5, 2.5], 4) * rng.choice([0, 0, 1, -1], 4)
-        box = np.maximum(a["bbox"] + jitter, 0).tolist()
-        place = a["image_id"], a["category_id"]
-        if place[0] < 0 or rng.random() < 0.1:
-            place = int(rng.choice(images)), int(rng.choice(classes))
-        dets.append(det(float(score), box, *place))
-    for r in anns + dets if odd else []:
-        what = rng.integers(12)
-        if what < 2:
-            r["bbox"][what] = np.nan
-        elif what < 4:
-            r["bbox"][what] *= -1
-        elif what == 4:
-            r["score" if "score" in r else "area"] = np.nan
-        elif what == 5 and "id" in r:
-            r["id"] = int(rng.choice([0, 1, 2]))
-        elif what == 6 and "score" in r:
-            r["category_id"] = 100                              # not listed
-    return dict(images=[dict(id=int(i)) for i in images], annotations=anns,
-                categories=[dict(id=int(i), name=str(i)) for i in classes]), dets
-
-
-def random_segmentation(rng, h, w):
-    """Polygons or a run-length code of h x w pixels, of any form but mostly a blob."""
-    form, (cy, cx) = rng.random(), rng.random(2) * [h, w]
-    if form < 0.5:
-        angle = np.sort(rng.random(rng.integers(3, 9))) * 2 * np.pi
-        radius = rng.choice([2.5, 6, 15]) * rng.uniform(0.5, 1.5, len(angle))
-        ring = np.stack([cx + radius * np.cos(angle), cy + radius * np.sin(angle)], 1).ravel()
-        ring = ring.round(rng.integers(0, 4))
-        return [ring.tolist()] if rng.random() < 0.7 else [ring.tolist(), (ring + 4).tolist()]
-    y, x = np.mgrid[:h, :w]
-    inside = (abs(y - cy) < rng.integers(0, h)) & (abs(x - cx) < rng.integers(0, w))
-    inside &= rng.random((h, w)) < rng.choice([1, 1, 0.9])
-    flat = np.concatenate([[False], inside.T.ravel(), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    counts = np.diff(np.concatenate([[0], edges, [h * w]])).tolist()
-    return dict(size=[h, w], counts=counts if counts[-1] or rng.random() < 0.5 else counts[:-1])
-
-
-def random_mask_case(rng):
-    """Like random_box_case, with masks, as ours and as pycocotools takes them."""
-    mask = pytest.importorskip("pycocotools.mask")
-    gt, dets = random_box_case(rng)
-    sizes = {r["id"]: rng.integers(1, 40, 2).tolist() for r in gt["images"]}
-    for r in gt["images"]:
-        r["height"], r["width"] = sizes[r["id"]]
-    some = {i: [random_segmentation(rng, *size) for _ in range(4)] for i, size in sizes.items()}
-    theirs = []
-    for r in gt["annotations"] + dets:
-        size = sizes[r["image_id"]]
-        r["segmentation"] = some[r["image_id"]][rng.integers(4)] if rng.random() < 0.7 else \
-            random_segmentation(rng, *size)
-        rle = mask.frPyObjects(r["segmentation"], *size)
-        rle = mask.merge(rle) if isinstance(rle, list) else rle
-        if "score" in r:
-            r["bbox"] = []
-            theirs.append(dict(r, segmentation=rle))
-        if rng.random() < 0.3:
-            r["segmentation"] = dict(rle, counts=rle["counts"].decode())
-    return gt, dets, theirs
-
-
-def random_parameters(rng, gt):
-    """Arguments of coco_eval and the same as fields of pycocotools' Params."""
-    images, classes = ([r["id"] for r in gt[field]] for field in ("images", "categories"))
-    pairs = [("iou_thrs", "iouThrs", [np.array([0.0, 0.3, 1.0]), np.array([0.75]),
-                                      np.linspace(0.05, 0.95, 7)]),
-             ("rec_thrs", "recThrs", [np.array([0, 0.5, 0.99]), np.linspace(0, 1, 11)]),
-             ("max_dets", "maxDets", [[1], [5, 2], [3, 1, 20], [1, 10, 300], [1, 3, 100, 7]]),
-             ("area_ranges", "areaRng", [{"all": (0, 1e5)}, {"all": (0, 2e10), "low": (0, 400.5)}]),
-             ("image_ids", "imgIds", [images[:1], images[::-1] + images]),
-             ("category_ids", "catIds", [classes[:1], sorted(classes)[::2]]),
-             ("use_cats", "useCats", [False])]
-    ours, theirs = {}, {"catIds": sorted(classes)}
-    for our_name, their_name, values in pairs:
-        if rng.random() < 0.4:
-            value = values[rng.integers(len(values))]
-            ours[our_name] = theirs[their_name] = value
-            if their_name == "areaRng":
-                theirs.update(areaRng=list(value.values()), areaRngLbl=list(value))
-    return ours, theirs
-
-
-def reference(gt, dets, iou_type="bbox", **params):
-    """Arrays of pycocotools, stats and printed lines; these are None where it cannot make them."""
-    coco = pytest.importorskip("pycocotools.coco")
-    cocoeval = pytest.importorskip("pycocotools.cocoeval")
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
-        truth.dataset = copy.deepcopy(gt)
-        truth.createIndex()
-        run = cocoeval.COCOeval(truth, truth.loadRes(copy.deepcopy(dets)), iou_type)
-        for name, value in params.items():
-            setattr(run.params, name, copy.deepcopy(value))
-        run.evaluate()
-        run.accumulate()
-    if len(run.params.maxDets) < 3:
-        return dict(run.eval, stats=None), None
-    with contextlib.redirect_stdout(io.StringIO()) as lines:
-        run.summarize()
-    return dict(run.eval, stats=run.stats), lines.getvalue()
-
-
-def assert_same(ours, theirs, lines):
-    for name in ("precision", "recall", "scores", "stats"):
-        if theirs[name] is not None:
-            np.testing.assert_array_equal(ours[name], theirs[name])
-    assert lines is None or summary(ours) == lines.rstrip("\n")
-
-
-def compare_with_pycocotools(seed):
-    """One random case of each kind: boxes, other parameters, odd input, masks."""
-    rng = np.random.default_rng(seed)
-    gt, dets = random_box_case(rng)
-    assert_same(coco_eval(gt, dets), *reference(gt, dets))
-    ours, theirs = random_parameters(rng, gt)
-    strict = len(ours.get("max_dets", "123")) > 2
-    theirs_result = reference(gt, dets, **theirs)
-    result = coco_eval(gt, dets, strict=strict, **ours)
-    assert_same(result, *theirs_result)
-    gt, dets = random_box_case(rng, odd=True)
-    assert_same(coco_eval(gt, dets, strict=True), *reference(gt, dets))
-    gt, dets, their_dets = random_mask_case(rng)
-    assert_same(coco_eval(gt, dets, "segm"), *reference(gt, their_dets, "segm"))
-
-
-def test_equal_to_pycocotools_in_every_bit(capsys):
+def test_equal_to_pycocotools_in_every_bit():
+    pytest.importorskip("pycocotools")
     for seed in range(40):
-        compare_with_pycocotools(seed)
+        stress.compare_with_pycocotools(seed)
 
 
 def test_columns_may_list_the_images_in_any_order():
@@ -2687,12 +2406,6 @@ def test_a_mask_has_its_own_area_unless_strict(capsys):
 
 
 SMALL = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=2, dropout=0.0)
-TINY = """--model detr_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
-    --dec_layers 2 --backbone_norm batch --backbone_weights none --dropout 0.1 --image_size 32
-    --train_shapes 24 --val_shapes 5 --augment --batch_size 8 --eval_batch_size 2 --epochs 2
-    --schedule step --lr_drop 1 --warmup_steps 2 --lr 1e-3 --lr_backbone 1e-4 --weight_decay 1e-4
-    --clip_max_norm 0.1 --eval_every 1 --log_every 1 --num_workers 0 --device cpu --dtype float32
-    --seed 1""".split()
 CLASSIFIER = """--model metaformer_tiny --depths 1,1,1,1 --widths 8,8,8,8 --image_size 32
     --train_shapes 24 --val_shapes 12 --augment --batch_size 8 --eval_batch_size 4 --epochs 2
     --warmup_steps 2 --mixup 0.8 --cutmix 1 --smoothing 0.1 --log_every 1 --num_workers 0
@@ -2720,14 +2433,6 @@ def run(*options):
     return stop.value.code
 
 
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
-
-
-def lines(path):
-    return [json.loads(line) for line in open(path)]
-
-
 def stop_in(step):
     """A train_step during which, when it is called for the step-th time, Ctrl-C is pressed."""
     original, calls = train.train_step, []
@@ -2738,18 +2443,6 @@ def stop_in(step):
             signal.raise_signal(signal.SIGINT)
         return original(*args)
     return train_step
-
-
-def assert_identical(a, b):
-    """Equal nested dicts and lists, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, (dict, list)):
-        assert type(a) is type(b) and len(a) == len(b)
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_identical(a[key], b[key])
-    else:
-        assert a == b
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -3484,166 +3177,13 @@ def test_a_rank_without_images_evaluates_none():
 
 # -- killed at any moment ------------------------------------------------------------------------
 
-KILLED = [*TINY, "--train_shapes", "80", "--epochs", "8", "--save_minutes", "0.001",
-          "--output_dir", "out"]
-
-
-def launch(options, folder, rank=0, world=1, port=0):
-    """A process that trains, as `python train.py` does; its id. `folder`/evaluating is there while
-    it evaluates."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.chdir(folder)
-        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1), os.dup2(output, 2)
-        torch.set_num_threads(1)
-        if world > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        original = train.evaluate
-
-        def marked(*args):
-            marker = f"evaluating{rank or ''}"                   # rank 0 ends last
-            open(marker, "w").close()
-            result = original(*args)
-            os.remove(marker)
-            return result
-        train.evaluate = marked
-        train.main(options)
-    except SystemExit as stop:
-        print(stop.code if isinstance(stop.code, str) else "", flush=True)
-        code = stop.code if isinstance(stop.code, int) else 1
-    finally:
-        os._exit(code)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def job(folder, world):
-    port = free_port()
-    return {launch(KILLED, folder, rank, world, port): rank for rank in range(world)}
-
-
-def wait(jobs, seconds):
-    """Exit codes by rank of the processes that have ended, or all once they have."""
-    codes, end = {}, time.time() + seconds
-    while jobs and time.time() < end:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[jobs.pop(pid)] = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.001)
-    return codes
-
-
-def assert_same_end(whole, killed):
-    """Weights, optimizer, best checkpoint and logs are equal bit for bit, but for times."""
-    for name in ("ckpt.pt", "best.pt"):
-        one, two = (checkpoint(f"{folder}/out/{name}") for folder in (whole, killed))
-        assert_identical(*({key: state[key] for key in (
-            "model", "optimizer", "epoch", "step", "best_ap", "sums")} for state in (one, two)))
-    timed = {"images_per_s", "data_share", "memory_gb", "elapsed_s", "eta_s"}
-    for name in ("log.txt", "steps.txt"):
-        assert_identical(*([{k: v for k, v in r.items() if k not in timed} for r in lines(
-            f"{folder}/out/{name}")] for folder in (whole, killed)))
-
-
-def kill_once(folder, world, rng):
-    """Starts the run and kills one process of it: in a save, in an evaluation, or at any time.
-    Returns in what it was killed, "" if it had ended."""
-    sign = rng.choice(["out/ckpt.pt.tmp", "out/ckpt.pt.tmp2", "evaluating", "never"])
-    begin = [os.path.join(folder, name) for name in ("out/ckpt.pt.tmp", "evaluating")]
-    [os.remove(name) for name in begin if os.path.exists(name)]
-    jobs, codes, start_time = job(folder, world), {}, time.time()
-    after = start_time + rng.uniform(0.3, 1.5)
-    while jobs and (time.time() < after or sign != "never" and time.time() < after + 3
-                    and not os.path.exists(os.path.join(folder, sign))):
-        codes |= wait(jobs, 0.0005)
-    if not jobs:
-        assert set(codes.values()) == {0}, (codes, open(f"{folder}/output.txt").read())
-        return ""
-    os.kill(rng.choice(sorted(jobs)), signal.SIGKILL)
-    wait(jobs, 20)
-    if jobs:
-        [os.kill(pid, signal.SIGKILL) for pid in jobs]
-        raise AssertionError("the other processes did not end within 20 seconds")
-    saving, evaluating = map(os.path.exists, begin)
-    return "in a save" if saving else "in an evaluation" if evaluating else "elsewhere"
-
-
-def finish(folder, world):
-    os.makedirs(folder, exist_ok=True)
-    codes = wait(job(folder, world), 120)
-    assert codes == dict.fromkeys(range(world), 0), open(f"{folder}/output.txt").read()
-
-
-def kill_and_restart(kills, world, rng, folder):
-    """Kills runs of `world` processes and starts them again until they end; returns how many kills
-    hit what."""
-    whole, counts, k = f"{folder}/whole", {}, 0
-    finish(whole, world)
-    while sum(counts.values()) < kills:
-        killed, k = f"{folder}/killed{k}", k + 1
-        os.mkdir(killed)
-        while sum(counts.values()) < kills:
-            where = kill_once(killed, world, rng)
-            if not where:
-                break
-            counts[where] = counts.get(where, 0) + 1
-        finish(killed, world)
-        assert_same_end(whole, killed)
-    return counts
-
-
-def kill_under_torchrun(kills, rng, folder):
-    """Kills ranks of one torchrun --max_restarts, which starts them again by itself."""
-    whole, killed = f"{folder}/whole", f"{folder}/killed"
-    finish(whole, 2)
-    os.mkdir(killed)
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         f"--max_restarts={kills}", script, *KILLED], cwd=killed, stderr=subprocess.STDOUT,
-        stdout=open(f"{killed}/output.txt", "w"))
-    for k in range(kills):
-        steps = f"{killed}/out/steps.txt"
-        while not os.path.exists(steps) or len(open(steps).readlines()) < 80 * (k + 1) // (kills
-                                                                                          + 2):
-            assert torchrun.poll() is None, open(f"{killed}/output.txt").read()
-            time.sleep(0.01)
-        with open(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children") as children:
-            os.kill(int(rng.choice(children.read().split())), signal.SIGKILL)
-        while f"restart  {k + 1} of" not in open(f"{killed}/output.txt").read():
-            assert torchrun.poll() is None, open(f"{killed}/output.txt").read()
-            time.sleep(0.01)
-    assert torchrun.wait(120) == 0, open(f"{killed}/output.txt").read()
-    assert_same_end(whole, killed)
-    return {"under torchrun": kills}
-
-
-def kill_main(kills, how, seed=0):
-    """python test_all.py kill 20 1: kills 20 times a run of 1 process; 2: of two; torchrun: ranks
-    of one."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        counts = (kill_under_torchrun(int(kills), rng, folder) if how == "torchrun" else
-                  kill_and_restart(int(kills), int(how), rng, folder))
-    print(f"{kills} kills, {counts}: all runs ended bit-equal to the one that was not killed")
-
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
-@pytest.mark.parametrize("kills, how", [("6", "1"), ("4", "2"), ("1", "torchrun")])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(kills, how):
+@pytest.mark.parametrize("options", ["6", "4 --processes 2", "1 --torchrun"])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(options):
     """In a process of its own, in which nothing of torch has run before it forks."""
-    here = os.path.abspath(__file__)
-    done = subprocess.run([sys.executable, here, "kill", kills, how], capture_output=True,
-                          text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, stress.__file__, "kill", *options.split()], text=True,
+                          capture_output=True, timeout=240)
     assert done.returncode == 0 and "bit-equal" in done.stdout, done.stdout + done.stderr
 
 
@@ -4444,12 +3984,3 @@ def test_bench_says_what_the_official_option_takes(tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         bench_line(capsys, monkeypatch, "loss", "--official", tmp_path)
     assert "takes a clone of github.com/facebookresearch/detr" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["kill"]:                                    # python test_all.py kill 20 2
-        sys.exit(kill_main(*sys.argv[2:]))
-    for seed in range(int(sys.argv[1]) if sys.argv[1:] else 2000):
-        compare_with_pycocotools(seed)
-        print(f"{seed + 1} times 4 random cases bit-equal to pycocotools", end="\r")
-    print()
