@@ -5,6 +5,8 @@ python stress.py evaluator 2000        the evaluator beside pycocotools on 2000 
                                        every bit has to be equal; 6 minutes
 python stress.py annotations 600       COCO files with random changes: each is an error that names
                                        the record, or can be trained on; 4 seconds
+python stress.py images 2000           image files with changed bytes: each is an error that names
+                                       the file, or is read in the size it should have; 10 seconds
 python stress.py kill 20               training killed at 20 random moments, in saves and in
                                        evaluations too, and started again: it ends bit-equal to a
                                        run that was not killed; 2 minutes
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # more wait for each other where cores are shared
@@ -38,6 +41,7 @@ import torch
 from PIL import Image
 
 import train
+from images import read_image
 from coco_eval import coco_eval, summary
 from check_data import show
 from data import CocoDataset, EvalSampler, TrainSampler, collate, cxcywh_to_xyxy
@@ -363,6 +367,44 @@ def fuzz(root, seeds, train_every):
     return counts
 
 
+# -- image files with changed bytes --------------------------------------------------------------
+
+PICTURE = Image.fromarray(np.stack([*np.meshgrid(np.arange(48) * 5, np.arange(64) * 3),
+                                    np.full((64, 48), 120)], 2).astype(np.uint8))
+
+
+def saved(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def change_bytes(content, rng):
+    """An image file cut short, or with some bytes overwritten, inserted or left out."""
+    at, n = rng.randrange(len(content)), rng.choice((1, 1, 4, 60))
+    odd = bytes(rng.randrange(256) for _ in range(n))
+    return rng.choice((content[:at], content[:at] + odd + content[at + n:],
+                       content[:at] + odd + content[at:], content[:at] + content[at + n:]))
+
+
+def fuzz_images(root, seeds):
+    """Counts of image files with changed bytes that were "read" or named in an error ("fault")."""
+    counts = dict(read=0, fault=0)
+    for seed in seeds:
+        rng = random.Random(seed)
+        format = rng.choice(("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"))
+        path = root / f"a.{format.lower()}"
+        path.write_bytes(change_bytes(saved(PICTURE, format), rng))
+        try:
+            image = read_image(path, (64, 48))
+            assert image.mode == "RGB" and image.size == (48, 64), seed
+            counts["read"] += 1
+        except ValueError as error:
+            assert str(path) in str(error), (seed, str(error))
+            counts["fault"] += 1
+    return counts
+
+
 # -- killed at any moment ------------------------------------------------------------------------
 
 KILLED = [*TINY, "--train_shapes", "80", "--epochs", "8", "--save_minutes", "0.001",
@@ -521,8 +563,15 @@ def evaluator_main(args):
 def annotations_main(args):
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(Path(folder), range(args.seed, args.seed + args.count), train_every=10)
-    print(f"{args.count} changed files: {counts['fault']} faults and {counts['size']} sizes of image "
-          f"files named, {counts['used']} trained on as they are")
+    print(f"{args.count} changed files: {counts['fault']} faults named, {counts['used']} trained on, "
+          f"{counts['size']} that give an image another size than it has")
+
+
+def images_main(args):
+    warnings.simplefilter("ignore")                                  # Pillow's on damaged files
+    with tempfile.TemporaryDirectory() as folder:
+        counts = fuzz_images(Path(folder), range(args.seed, args.seed + args.count))
+    print(f"{args.count} changed files: {counts['fault']} named in an error, {counts['read']} read")
 
 
 def kill_main(args):
@@ -542,6 +591,7 @@ def main():
     for name, run, count, words in (
             ("evaluator", evaluator_main, 2000, "random cases beside pycocotools"),
             ("annotations", annotations_main, 600, "COCO files with random changes"),
+            ("images", images_main, 2000, "image files with changed bytes"),
             ("kill", kill_main, 20, "training killed and started again")):
         command = commands.add_parser(name, help=words, allow_abbrev=False)
         command.add_argument("count", type=int, nargs="?", default=count)

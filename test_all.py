@@ -57,7 +57,7 @@ import bench
 import stress
 from mixers import MIXERS, AttentionMixer
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
-from coco_eval import coco_eval, evaluate_columns, mask_edges
+from coco_eval import coco_eval, mask_edges
 from check_data import check_coco, open_images
 from resnet import ResNet
 from metaformer import METAFORMERS, GroupNorm, MetaFormerConfig, token_norm
@@ -71,8 +71,27 @@ from checkpoint import load_backbone, load_weights, our_names
 from model import Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition, build_model
 from matcher import match
 from losses import LossConfig, loss_counts, set_loss
-from stress import (BOX, TINY, ann, annotation, assert_identical, checkpoint, det, lines,
-                    random_segmentation)
+from stress import (BOX, PICTURE, TINY, ann, annotation, assert_identical, checkpoint, det, lines,
+                    random_segmentation, saved)
+
+
+def refused(words, call, *args, error=ValueError, **options):
+    """Asserts that the call raises an error with these words (a regular expression); its text."""
+    with pytest.raises(error, match=words) as raised:
+        call(*args, **options)
+    return str(raised.value)
+
+
+def write_json(**contents):
+    """gt.json in the current folder, for one, of what is given as gt."""
+    for name, content in contents.items():
+        Path(f"{name}.json").write_text(json.dumps(content))
+
+
+def evaluate_py(*options):
+    """The numbers that evaluate.py writes with --json."""
+    evaluate.main([*map(str, options), "--json", "numbers.json"])
+    return json.load(open("numbers.json"))
 
 
 # -- weights and inputs that follow from names, with which the official values were computed -------
@@ -283,8 +302,7 @@ def test_given_classes_set_the_order_of_the_labels(tmp_path):
     assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[2, 3], [], [0]]
     assert dataset.missing == ["yak"]
     assert [dataset.category_ids[k] for k in (0, 2, 3)] == [90, 13, 7]
-    with pytest.raises(ValueError, match="not trained on.*mole"):
-        CocoDataset(*paths, classes=["zebra", "ant"])
+    refused("not trained on.*mole", CocoDataset, *paths, classes=["zebra", "ant"])
 
 
 @pytest.mark.parametrize("key, k, change, fault", [
@@ -301,10 +319,7 @@ def test_given_classes_set_the_order_of_the_labels(tmp_path):
     ("images", 1, dict(id=900), "image id 900 occurs twice"),
     ("images", 0, dict(width=None), "image 900: width None"),
     ("images", 0, dict(file_name=None), "image 900: file_name None"),
-    ("images", 0, dict(file_name="../900.png"), "out of the image folder"),
-    ("images", 0, dict(file_name="/etc/passwd"), "out of the image folder"),
     ("images", 0, dict(file_name="gone.png"), "gone.png not found"),
-    ("images", 2, dict(id=True), r"images\[2\]: id True"),
     ("categories", 1, dict(id=90), "category id 90 occurs twice"),
     ("categories", 1, dict(name="zebra"), "'zebra' occurs twice"),
     ("categories", 1, dict(name=None), "category 7: name None")])
@@ -337,21 +352,17 @@ def test_missing_annotation_ids_are_no_fault_and_what_is_no_coco_file_is_one(tmp
 
 def test_many_faults_are_shown_as_the_first_20_and_their_count(tmp_path):
     paths = write_coco(tmp_path, annotations=[annotation(k, 900, 1000 + k) for k in range(25)])
-    with pytest.raises(ValueError, match=r"has 25 fault\(s\)") as error:
-        CocoDataset(*paths)
-    shown = re.findall(r"category_id (\d+)", str(error.value))
-    assert shown == [str(1000 + k) for k in range(20)] and "and 5 more" in str(error.value)
+    text = refused(r"has 25 fault\(s\)", CocoDataset, *paths)
+    shown = re.findall(r"category_id (\d+)", text)
+    assert shown == [str(1000 + k) for k in range(20)] and "and 5 more" in text
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    json_path, folder = write_coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match="none.json"):
-        CocoDataset(tmp_path / "none.json", folder)
-    with pytest.raises(FileNotFoundError, match="no_folder"):
-        CocoDataset(json_path, tmp_path / "no_folder")
-    json_path.write_text(json_path.read_text()[:-20])
-    with pytest.raises(ValueError, match="instances.json is not valid JSON"):
-        CocoDataset(json_path, folder)
+    path, folder = write_coco(tmp_path)
+    refused("none.json", CocoDataset, tmp_path / "none.json", folder, error=FileNotFoundError)
+    refused("no_folder", CocoDataset, path, tmp_path / "no_folder", error=FileNotFoundError)
+    path.write_text(path.read_text()[:-20])
+    refused("instances.json is not valid JSON", CocoDataset, path, folder)
 
 
 # -- data.py: image files ------------------------------------------------------------------------
@@ -389,20 +400,6 @@ def test_images_are_turned_upright_unless_the_annotations_have_the_raw_size(tmp_
     assert raw.shape == (48, 64, 3) and raw[:, :28].min() > 200 and raw[:, 36:].max() < 50
 
 
-def test_unreadable_images_and_wrong_sizes_are_errors_that_name_the_file(tmp_path):
-    noise = Image.fromarray(np.uint8(rng("noise").integers(0, 256, (48, 64, 3))))
-    noise.save(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="a.jpg.*64 x 48 .*annotations say 50 x 40"):
-        read_image(tmp_path / "a.jpg", (40, 50))
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
-    (tmp_path / "text.jpg").write_text("404: not found")
-    for name in ("cut.jpg", "text.jpg"):
-        with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
-            read_image(tmp_path / name, (48, 64))
-    with pytest.raises(FileNotFoundError, match="none.jpg"):
-        read_image(tmp_path / "none.jpg")
-
-
 # -- data.py: what can be wrong with a data set ---------------------------------------------------
 
 
@@ -418,12 +415,6 @@ def png(width, height, pixels):
             ">I", zlib.crc32(kind + body))
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, *4 * [0]))
             + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
-
-
-def saved(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def broken_images():
@@ -450,10 +441,6 @@ def broken_images():
         "cmyk.jpg": (saved(PICTURE.convert("CMYK"), "JPEG", **fine), None)}
 
 
-PICTURE = Image.fromarray(np.stack([*np.meshgrid(np.arange(48) * 5, np.arange(64) * 3),
-                                    np.full((64, 48), 120)], 2).astype(np.uint8))
-
-
 def first_batch(dataset):
     """Of a loader with a worker, which is ended at once and not when garbage is collected."""
     batches = iter(DataLoader(dataset, num_workers=1, collate_fn=collate))
@@ -461,6 +448,12 @@ def first_batch(dataset):
         return next(batches)
     finally:
         batches._shutdown_workers()
+
+
+@pytest.mark.filterwarnings("ignore")                                # Pillow's on damaged files
+def test_image_files_with_changed_bytes_are_errors_that_name_them_or_are_read(tmp_path):
+    counts = stress.fuzz_images(tmp_path, range(200))
+    assert counts["fault"] > 60 and counts["read"] > 60
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -481,15 +474,13 @@ def test_broken_images_are_errors_that_name_file_and_id_or_read_to_the_right_pix
             assert np.abs(difference).max() <= 16, name
             continue
         who = f"{re.escape(str(tmp_path / name))} .image id {dataset.image_ids[i]}"
-        with pytest.raises(ValueError, match=f"{who}.*{files[name][1]}"):
-            dataset[i]
+        refused(f"{who}.*{files[name][1]}", dataset.read, i)
     sizes, faults, (note,) = open_images(dataset, 2)                 # the same in loader workers
     bad = [name for name in names if files[name][1] is not None]
     assert len(sizes) == len(names) - len(bad) and len(faults) == len(bad)
     assert all(f"{tmp_path / name} (image id no " in fault for name, fault in zip(bad, faults))
     assert re.search("exif.jpg: Corrupt EXIF data", note)
-    with pytest.raises(ValueError, match=rf"{names[0]} .image id {dataset.image_ids[0]}. cannot"):
-        first_batch(dataset)
+    refused(rf"{names[0]} .image id {dataset.image_ids[0]}. cannot", first_batch, dataset)
 
 
 def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
@@ -502,19 +493,15 @@ def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
             socket=lambda: socket.socket(socket.AF_UNIX).bind(str(path))).items():
         path.unlink()
         make()
-        with pytest.raises(FileNotFoundError, match=words):
-            dataset[0]
+        refused(words, dataset.read, 0, error=FileNotFoundError)
         if kind == "pipe":                       # a loader worker does not wait either
-            with pytest.raises(FileNotFoundError, match=words):
-                first_batch(dataset)
-        with pytest.raises(ValueError, match="image 2: file .*2.png not found, or no file"):
-            CocoDataset(json_path, folder)
+            refused(words, first_batch, dataset, error=FileNotFoundError)
+        refused("image 2: file .*2.png not found, or no file", CocoDataset, json_path, folder)
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         path.touch()
     path.chmod(0)
     if os.geteuid():                                                 # root may read everything
-        with pytest.raises(ValueError, match="2.png .image id 2.*Permission denied"):
-            dataset[0]
+        refused("2.png .image id 2.*Permission denied", dataset.read, 0)
 
 
 @pytest.mark.parametrize("name", [
@@ -524,8 +511,8 @@ def test_file_names_cannot_lead_out_of_the_image_folder(tmp_path, name):
     (tmp_path / "images").mkdir()
     json_path, _ = write_coco(tmp_path, annotations=[], images=[
         dict(id=900, file_name=name, width=64, height=48)])
-    with pytest.raises(ValueError, match="image 900: file_name .* leads out of the image folder"):
-        CocoDataset(json_path, tmp_path / "images")
+    refused("image 900: file_name .* leads out of the image folder", CocoDataset, json_path,
+            tmp_path / "images")
 
 
 def test_folders_below_and_links_that_the_user_made_are_followed(tmp_path):
@@ -614,8 +601,8 @@ def test_data_py_lists_all_faults_and_sums_up_the_rest(tmp_path, capsys):
         code, text = check_data(capsys, tmp_path)
         assert code == 1 and "31 fault(s):" in text and "objects train\nant 1" in text
         assert str(path) in text.splitlines()[-1]
-    with pytest.raises(FileNotFoundError, match="none: give a folder"):
-        check_data_py.main([str(tmp_path / "none")])
+    none = str(tmp_path / "none")
+    refused("none: give a folder", check_data_py.main, [none], error=FileNotFoundError)
 
 
 def test_data_py_checks_class_folders(tmp_path, capsys):
@@ -722,10 +709,8 @@ def test_the_largest_step_of_an_epoch_comes_first():
 
 
 def test_batch_sizes_that_cannot_be_are_errors():
-    with pytest.raises(ValueError, match="7 images, fewer than --batch_size 8"):
-        TrainSampler(Sized(7), 8, 0)
-    with pytest.raises(ValueError, match="--batch_size 8.*3 processes"):
-        TrainSampler(Sized(70), 8, 0, world=3)
+    refused("7 images, fewer than --batch_size 8", TrainSampler, Sized(7), 8, 0)
+    refused("--batch_size 8.*3 processes", TrainSampler, Sized(70), 8, 0, world=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -749,19 +734,20 @@ def grey_images(root, *paths):
 def test_class_folders_become_labels_in_the_order_of_their_names(tmp_path):
     grey_images(tmp_path, "train/b/2.png", "train/b/1.JPEG", "train/a/deep/er/x.webp",
                 "train/a/y.jpg", "train/B/1.bmp", "train/a/.y.jpg", "train/.trash/z.png",
-                "train/loose.png", "train/a/.ipynb_checkpoints/y.jpg")
+                "train/loose.png", "train/a/.ipynb_checkpoints/y.jpg", "elsewhere/z.png")
     (tmp_path / "train/a/about.txt").touch()
+    (tmp_path / "train/b/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     dataset = ImageFolder(tmp_path, "train", image_size=4, crop_fraction=1)
-    assert dataset.classes == ["B", "a", "b"] and len(dataset) == 5
+    assert dataset.classes == ["B", "a", "b"]
     assert dataset.image_ids.tolist() == [b"B/1.bmp", b"a/deep/er/x.webp", b"a/y.jpg",
-                                          b"b/1.JPEG", b"b/2.png"]
-    samples = [dataset[i] for i in range(5)]
-    assert [target["labels"].tolist() for _, target in samples] == [[0], [1], [1], [2], [2]]
-    assert [image.unique().tolist() for image, _ in samples] == [[4], [2], [3], [1], [0]]
+                                          b"b/1.JPEG", b"b/2.png", b"b/linked/z.png"]
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert [target["labels"].tolist() for _, target in samples] == [[0], [1], [1], [2], [2], [2]]
+    assert [image.unique().tolist() for image, _ in samples] == [[4], [2], [3], [1], [0], [9]]
     assert len(dataset.notes) == 1 and "train: 4 hidden files" in dataset.notes[0]
     images, valid, targets = collate(samples)
-    assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8 and valid.all()
-    assert [target["index"] for target in targets] == [0, 1, 2, 3, 4]
+    assert images.shape == (6, 3, 4, 4) and images.dtype == torch.uint8 and valid.all()
+    assert [target["index"] for target in targets] == list(range(6))
 
 
 def test_given_classes_set_the_labels_of_a_folder_and_may_be_empty_there(tmp_path):
@@ -782,15 +768,8 @@ def test_given_classes_set_the_labels_of_a_folder_and_may_be_empty_there(tmp_pat
     (["val/a/1.png"], None, "train not found.*train/<class>")])
 def test_a_folder_that_is_no_image_folder_is_an_error(tmp_path, paths, classes, words):
     grey_images(tmp_path, *paths)
-    with pytest.raises(FileNotFoundError if "not found" in words else ValueError, match=words):
-        ImageFolder(tmp_path, "train", classes=classes)
-
-
-def test_an_unreadable_image_of_a_folder_is_named(tmp_path):
-    grey_images(tmp_path, "train/a/1.png", "train/b/2.png")
-    (tmp_path / "train/b/2.png").write_text("404: not found")
-    with pytest.raises(ValueError, match="train/b/2.png cannot be read"):
-        ImageFolder(tmp_path, "train")[1]
+    error = FileNotFoundError if "not found" in words else ValueError
+    refused(words, ImageFolder, tmp_path, "train", classes=classes, error=error)
 
 
 def test_evaluation_cuts_the_middle_of_the_resized_image():
@@ -935,8 +914,7 @@ def test_a_batch_is_mixed_the_same_however_it_is_split():
         assert_close(tuple(map(torch.cat, zip(*parts))), whole, atol=0, rtol=0)
     unmixed, targets = mix(images[:3], labels[:3], 8, random.Random(0), mixup=0, cutmix=0)
     assert torch.equal(unmixed, images[:3]) and torch.equal(targets, torch.eye(8)[:3])
-    with pytest.raises(ValueError, match="3 images in one part.*even"):
-        mix(images[:3], labels[:3], 8, random.Random(0))
+    refused("3 images in one part.*even", mix, images[:3], labels[:3], 8, random.Random(0))
 
 
 def test_augmented_classification_is_a_pure_function_of_seed_epoch_and_index():
@@ -982,8 +960,7 @@ def test_overfitting_keeps_images_of_every_class_in_turn(tmp_path):
                                        b"b/1.png"] * 2
     assert kept.labels.tolist() == [0, 1, 2, 0, 1] * 2 and len(kept) == 10
     assert ImageFolder(tmp_path, "train").keep(10).image_ids[-1] == b"b/3.png"
-    with pytest.raises(ValueError, match="--overfit 11: there are only 10"):
-        ImageFolder(tmp_path, "train").keep(11)
+    refused("--overfit 11: there are only 10", ImageFolder(tmp_path, "train").keep, 11)
 
 
 # -- model.py: the official DETR -----------------------------------------------------------------
@@ -1582,19 +1559,10 @@ def test_norms_of_the_families_differ_in_eps_and_bias(family, eps):
     assert (layer(x, None) - group(x, None)).abs().max() > 0.1       # they are not the same thing
 
 
-def test_group_norm_sees_the_valid_tokens_alone():
-    torch.manual_seed(0)
-    norm, x, valid = GroupNorm(16, 1e-5), torch.randn(2, 12, 16), ragged(2, 12)
-    y = norm(x.masked_fill(~valid[..., None], 1e4), valid)
-    assert_close(y[1, :9], norm(x[1:, :9], None)[0])
-
-
-PADDED = ["poolformer_s12", "poolformer_s12_layernorm", "poolformer_s12_ppaa",
-          "poolformer_s12_ppff", "poolformer_s12_conv", "poolformerv2_s12", "randformer_s12",
-          "convformer_s18", "caformer_s18", "vit_ti", "mixer_s16"]
-
-
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", [
+    "poolformer_s12", "poolformer_s12_layernorm", "poolformer_s12_ppaa", "poolformer_s12_ppff",
+    "poolformer_s12_conv", "poolformerv2_s12", "randformer_s12", "convformer_s18", "caformer_s18",
+    "vit_ti", "mixer_s16"])
 def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     torch.manual_seed(0)
     model = build_model(name, image_size=128, layer_scale=0.5 if "s12" in name else 0.0,
@@ -1640,7 +1608,7 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
         "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"}}
 
 
-@pytest.mark.parametrize("options, message", [
+@pytest.mark.parametrize("options, words", [
     (dict(family="magic"), "--family magic"), (dict(norm="odd"), "--norm odd is unknown.*group"),
     (dict(mixers="pool,magic"), "--mixers pool,magic.*sepconv"),
     (dict(activation="tanh"), "--activation tanh"), (dict(pool_size=2), "--pool_size 2 must be"),
@@ -1648,10 +1616,19 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     (dict(widths="64,x,320,512"), "--widths 64,x"), (dict(mixers="pool," * 4 + "fc"), "4 stage"),
     (dict(mixers="attention", head_size=48), "--head_size 48"),
     (dict(positions=True), "--positions"), (dict(drop_path=1.0), "--drop_path 1.0"),
-    (dict(maps="0,5"), "--maps 0,5"), (dict(num_classes=0), "--num_classes 0")])
-def test_impossible_metaformers_are_errors_that_name_the_option(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_model("poolformer_s12", **options)
+    (dict(maps="0,5"), "--maps 0,5"), (dict(num_classes=0), "--num_classes 0"),
+    (dict(layer_scale=-1.0), "--layer_scale -1")])
+def test_impossible_metaformers_are_errors_that_name_the_option(options, words):
+    refused(words, build_model, "poolformer_s12", **options)
+
+
+@pytest.mark.parametrize("options, words", [
+    *((dict(backbone=name), f"--backbone {name} is unknown") for name in (
+        "poolformer_s12_ppaa", "poolformer_s12_ppff", "randformer_s12", "vit_ti")),
+    (dict(backbone_stage=2), "--backbone_stage"),
+    (dict(backbone="metaformer_tiny", backbone_stage=5), "--backbone_stage")])
+def test_a_detr_refuses_backbones_of_one_grid_and_stages_that_are_not_there(options, words):
+    refused(words, build_model, "detr_tiny", **options)
 
 
 @pytest.mark.parametrize("name, message", [
@@ -1662,10 +1639,8 @@ def test_an_image_beyond_a_fixed_grid_is_an_error_that_names_both_sizes(name, me
     with torch.device("meta"):
         model = build_model(name).eval()
         assert model(torch.zeros(1, 3, 224, 64)).shape == (1, 1000)
-        with pytest.raises(ValueError, match=message):
-            model(torch.zeros(1, 3, 240, 64))
-        with pytest.raises(ValueError, match="expected"):
-            model(torch.zeros(3, 64, 64))
+        refused(message, model, torch.zeros(1, 3, 240, 64))
+        refused("expected", model, torch.zeros(3, 64, 64))
 
 
 def test_stochastic_depth_grows_linearly_over_all_blocks_and_keeps_the_mean():
@@ -1679,6 +1654,8 @@ def test_stochastic_depth_grows_linearly_over_all_blocks_and_keeps_the_mean():
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.54])
     assert kept.mean().item() == pytest.approx(1, abs=0.05)
     assert torch.equal(block.eval().add(x, y, 1), y)
+    detector = build_model("detr_tiny", backbone="poolformer_m48").train()
+    assert {b.drop_path for stage in detector.backbone[0].body.stages for b in stage} == {0}
 
 
 def test_classifier_checkpoints_are_plain_data_and_know_their_classes(tmp_path):
@@ -1690,15 +1667,15 @@ def test_classifier_checkpoints_are_plain_data_and_know_their_classes(tmp_path):
     assert load_weights(model, tmp_path / "c.pt") == []
     assert not differing(model.state_dict(), source.state_dict())
     other = build_model("poolformer_s12_pppf", num_classes=7, image_size=64)
-    with pytest.raises(ValueError, match=r"2 tensor\(s\) differ.*classes\?\nhead.bias: \(5,\)"):
-        load_weights(other, tmp_path / "c.pt")
+    words = r"2 tensor\(s\) differ.*classes\?\nhead.bias: \(5,\)"
+    refused(words, load_weights, other, tmp_path / "c.pt")
     report = load_weights(other, tmp_path / "c.pt", strict=False)
     assert [line.split(":")[0] for line in report] == ["head.bias", "head.weight"]
     assert differing(other.state_dict(), source.state_dict()) == {"head.bias", "head.weight"}
-    with pytest.raises(ValueError, match="mixers pool,pool,pool,fc in the file, pool,pool,pool"):
-        load_weights(build_model("poolformer_s12", num_classes=5), tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="token_mixer.weight .*not in the model"):
-        load_weights(build_model("poolformer_s12", num_classes=5), state["model"])
+    pool = build_model("poolformer_s12", num_classes=5)
+    refused("mixers pool,pool,pool,fc in the file, pool,pool,pool", load_weights, pool,
+            tmp_path / "c.pt")
+    refused("token_mixer.weight .*not in the model", load_weights, pool, state["model"])
 
 
 def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
@@ -1708,22 +1685,9 @@ def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
                        activation="relu")
     assert load_weights(same, source) == []
     detector = build_model("detr_tiny", backbone="metaformer_tiny")
-    with pytest.raises(ValueError, match="activation relu in the file, gelu in the model, mixers"):
-        load_weights(detector, source)
-    with pytest.raises(ValueError, match="activation relu in the file, gelu in the model$"):
-        load_weights(build_model("metaformer_tiny"), source, strict=False)
-
-
-def test_metaformers_under_detr_take_any_size_and_drop_no_branch():
-    model = build_model("detr_tiny", backbone="poolformer_m48").train()
-    assert {block.drop_path for stage in model.backbone[0].body.stages for block in stage} == {0}
-    for name in ("poolformer_s12_ppaa", "poolformer_s12_ppff", "randformer_s12", "vit_ti"):
-        with pytest.raises(ValueError, match=f"--backbone {name} is unknown"):
-            build_model("detr_tiny", backbone=name)
-    with pytest.raises(ValueError, match="no ImageNet weights are published for metaformer_tiny"):
-        load_backbone(build_model("detr_tiny", backbone="metaformer_tiny"), "imagenet")
-    with pytest.raises(ValueError, match="--layer_scale -1"):
-        build_model("metaformer_tiny", layer_scale=-1.0)
+    words = "activation relu in the file, gelu in the model"
+    refused(f"{words}, mixers", load_weights, detector, source)
+    refused(f"{words}$", load_weights, build_model("metaformer_tiny"), source, strict=False)
 
 
 def test_class_logits_are_float32_under_autocast():
@@ -1803,9 +1767,6 @@ def test_a_detr_may_use_the_first_stages_of_a_metaformer_alone():
     torch.testing.assert_close(got, F.group_norm(expected, 1))
     model.train()(images)[0].sum().backward()
     assert all(p.grad is not None for p in model.backbone.parameters())
-    for wrong in (dict(backbone_stage=2), dict(backbone="metaformer_tiny", backbone_stage=5)):
-        with pytest.raises(ValueError, match="--backbone_stage"):
-            build_model("detr_tiny", **wrong)
 
 
 # -- matcher.py and losses.py --------------------------------------------------------------------
@@ -1993,18 +1954,6 @@ def test_equal_to_pycocotools_in_every_bit():
         stress.compare_with_pycocotools(seed)
 
 
-def test_columns_may_list_the_images_in_any_order():
-    rng = np.random.default_rng(0)
-    image, category, x = rng.integers(0, 3, (3, 60))
-    box = np.stack([x * 2, x, x + 9, x + 9], axis=1).astype(np.float64)
-    gt = dict(image=image, category=category, box=box, area=box[:, 2] * box[:, 3], crowd=x < 0)
-    dt = dict(image=image, category=category, box=box[::-1], score=x / 4)
-    shuffled = {name: column[np.argsort(-image, kind="stable")] for name, column in dt.items()}
-    a, b = evaluate_columns(gt, dt, 3), evaluate_columns(gt, shuffled, 3)
-    assert 0 < a["stats"][0] < 1 and a["num_gt"][:, 0].sum() == 60
-    np.testing.assert_array_equal(a["precision"], b["precision"])
-
-
 def test_worked_example_of_the_docstring():
     check([ann((0, 0, 100, 100)), ann((200, 0, 100, 100))],
           [det(0.9, (0, 0, 100, 80)), det(0.8, (0, 0, 100, 60)), det(0.7, (200, 0, 100, 70))],
@@ -2065,37 +2014,39 @@ def test_of_equal_overlaps_the_later_ground_truth_is_taken():
     check([ann(right), ann(left)], dets, AP75=51 / 101)         # left is gone
 
 
-def test_ap_per_class_by_name_and_ids_of_strings(tmp_path):
+def test_ap_per_class_by_name_and_ids_of_strings():
     gt = dict(images=[dict(id="a")], annotations=[ann(BOX, "a", "y"), ann(BOX, "unlisted", "y")],
               categories=[dict(id="y", name="dog"), dict(id="x", name="cat")])
-    (tmp_path / "gt.json").write_text(json.dumps(gt))
-    result = coco_eval(str(tmp_path / "gt.json"), [det(0.9, (10, 10, 50, 25), "a", "y")])
+    result = coco_eval(gt, [det(0.9, (10, 10, 50, 25), "a", "y")])
     assert result["category_ids"] == ["x", "y"] and result["classes"] == ["cat", "dog"]
     assert result["ap_per_class"] == pytest.approx(dict(cat=np.nan, dog=0.1), nan_ok=True)
     assert result["ap50_per_class"] == pytest.approx(dict(cat=np.nan, dog=1), nan_ok=True)
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(image_id="1"), ["image_id", "'1'", "str", "1 to 2", "int"]),
-    (dict(category_id=3), ["category_id", "3", "1 to 2"]),
-    (dict(score=float("nan")), ["detection 1", "'image_id': 1", "score", "nan"]),
-    (dict(score="0.5"), ["detection 1", "score", "'0.5'"]),
-    (dict(bbox=[0, 0, -5, 5]), ["detection 1", "bbox", "-5", "0 or more"]),
-    (dict(bbox=[0, 0, 5]), ["detection 1", "bbox", "[0, 0, 5]"])])
+    (dict(image_id="1"), "detection 1.* image_id .*'1'.*int and str.*2 ids, 1 to 2 .int"),
+    (dict(image_id=[1]), r"detection 1 .* image_id: .*\[1\]"),
+    (dict(image_id=None), "detection 1.* image_id .*None"),
+    (dict(category_id=3), r"detection 1.* category_id .*\[3\].* 1 to 2"),
+    (dict(score=float("nan")), "detection 1 .* score.*'image_id': 1.*nan"),
+    (dict(score="0.5"), "detection 1 .* score.*'0.5'"),
+    (dict(bbox=[0, 0, -5, 5]), "detection 1 .*0 or more as its bbox.*-5"),
+    (dict(bbox=[0, 0, 5]), r"detection 1 .* bbox.*\[0, 0, 5\]")])
 def test_a_bad_detection_is_named(change, words):
-    with pytest.raises(ValueError) as error:
-        coco_eval(instances(ann()), [det(0.9), det(0.8) | change])
-    assert all(word in str(error.value) for word in words), error.value
+    refused(words, coco_eval, instances(ann()), [det(0.9), det(0.8) | change])
 
 
-def test_other_wrong_input_is_refused(tmp_path):
-    for gt, dets, iou_type, error, words in [
-            (instances(), str(tmp_path / "nowhere.json"), "bbox", FileNotFoundError, "nowhere"),
-            (instances(), [], "keypoints", ValueError, "'keypoints' is unknown"),
-            (instances(ann(), dict(image_id=1, category_id=1)), [], "bbox", ValueError,
-             "annotation 1 .* bbox")]:
-        with pytest.raises(error, match=words):
-            coco_eval(gt, dets, iou_type)
+@pytest.mark.parametrize("gt, dets, iou_type, words", [
+    (instances(ann(), dict(image_id=1, category_id=1)), [], "bbox", "annotation 1 .* bbox"),
+    ([], instances(), "bbox", "annotations: .* swapped"), (instances(), {}, "bbox", "swapped"),
+    (dict(instances(), annotations=5), [], "bbox", "list of annotations"),
+    (instances(ann()), [dict(image_id=1, category_id=1, segmentation=[], score=1)], "bbox",
+     "--iou_type segm"),
+    (dict(instances(ann()), images=[dict(id=1, height=9, width=9)]), [], "segm",
+     "--iou_type bbox"),
+    (instances(), [], "keypoints", "'keypoints' is unknown")])
+def test_sides_and_types_that_are_mixed_up_are_refused(gt, dets, iou_type, words):
+    refused(words, coco_eval, gt, dets, iou_type)
 
 
 # -- the evaluator: parameters, strict, causes ---------------------------------------------------
@@ -2152,8 +2103,6 @@ def test_twelve_numbers_for_any_max_dets():
     assert outcome(anns, dets, *names, max_dets=[2]) == [0.505, 0.505, 0.5, 0.5, 0.5, 0.5]
     assert outcome(anns, dets, *names, max_dets=[1, 3, 100, 2]) == [0.835, 0.835, 0.5, 0.5, 1, 1]
     assert outcome(anns, dets, *names, max_dets=[2], strict=True) == "IndexError"
-    for wrong in ([], [0, 1], [1.5], 100, ["1"]):
-        assert outcome(anns, dets, max_dets=wrong) == "ValueError"
 
 
 def test_other_parameters_by_hand():
@@ -2169,9 +2118,18 @@ def test_other_parameters_by_hand():
     swapped = [det(0.9, BOX, 1, 2), det(0.8, (200, 200, 9, 9))]      # one box, the other class
     assert outcome([full()], swapped, "AP") == [0]
     assert outcome([full()], swapped, "AP", use_cats=False) == [1]
-    for wrong in (dict(image_ids=[1, 3]), dict(category_ids=["1"]), dict(iou_thrs=[]),
-                  dict(rec_thrs=0.5), dict(area_ranges={"all": 5})):
-        assert outcome(anns, dets, **wrong) == "ValueError"
+    notes = coco_eval(instances(*anns), [det(0.9)], image_ids=[2])["notes"]
+    assert notes == ["there are no detections in these images and categories: AP is 0"]
+
+
+@pytest.mark.parametrize("name, values", [
+    ("max_dets", [[], [0, 1], [1.5], 100, ["1"]]), ("image_ids", [[1, 3], 5, [[1]]]),
+    ("category_ids", [["1"], "1"]), ("iou_thrs", [[], [[0.5], [0.5, 0.6]]]),
+    ("rec_thrs", [0.5, [0.9, 0.1]]),
+    ("area_ranges", [{"all": 5}, {"all": (0, None)}, {"all": (0, NAN)}])])
+def test_parameters_that_cannot_be_are_refused_by_name(name, values):
+    for value in values:
+        refused(name, coco_eval, instances(full()), [det(0.9)], **{name: value})
 
 
 FAR = [ann((200 + 9 * i, 150, 60, 50), id=i + 1) for i in range(3)]
@@ -2191,46 +2149,28 @@ FAR = [ann((200 + 9 * i, 150, 60, 50), id=i + 1) for i in range(3)]
     ([ann((0.1, 0.1, 0.5, 0.5))], [det(0.9)], "boxes of the ground truth look like fractions"),
     ([ann(id=0), ann((0, 0, 20, 20), id=5)], [det(0.9)], "id 0: it counts here"),
     ([ann(id=5), ann((0, 0, 20, 20), id=5)], [det(0.9)], "annotations share an id"),
-    ([ann(), ann(image_id=3)], [det(0.9)], "1 annotations are of images or categories that are")])
+    ([ann(), ann(image_id=3)], [det(0.9)], "1 annotations are of images or categories that are"),
+    ([ann(), ann((0, 0, 9, 9), 2, 2)], [det(0.9)], ""),          # no note: nothing is wrong
+    (FAR, [det(0.9)], "")])                                      # they are simply missed
 def test_the_output_says_why_all_is_zero_and_what_pycocotools_would_do(anns, dets, words, capsys):
     notes = coco_eval(instances(*anns), dets)["notes"]
-    assert len(notes) == 1 and words in notes[0]
-    assert capsys.readouterr().err == f"note: {notes[0]}\n"
+    assert len(notes) == (words != "") and all(words in note for note in notes)
+    assert capsys.readouterr().err == "".join(f"note: {note}\n" for note in notes)
 
 
-def test_no_note_where_nothing_is_wrong(capsys):
-    assert coco_eval(instances(ann(), ann((0, 0, 9, 9), 2, 2)), [det(0.9)])["notes"] == []
-    assert coco_eval(instances(*FAR), [det(0.9)])["notes"] == []     # simply missed
-    assert capsys.readouterr().err == ""
-
-
-def test_ids_of_any_size_and_classes_of_one_name():
-    gt = dict(images=[dict(id=2**70)], categories=[dict(id=10**30, name="a"), dict(id=5, name="a")],
-              annotations=[ann(BOX, 2**70, 10**30, id=2**80)])
+def test_ids_of_any_size_and_class_names_of_any_kind():
+    names = {5: "a", 10**30: "a", 10**31: "caf\u00e9 \ud800"}        # half of a surrogate pair
+    gt = dict(images=[dict(id=2**70)], annotations=[ann(BOX, 2**70, 10**30, id=2**80)],
+              categories=[dict(id=id_, name=name) for id_, name in names.items()])
     result = coco_eval(gt, [det(0.9, BOX, 2**70, 10**30)])
-    assert result["ap_per_class"] == pytest.approx({"a (5)": NAN, f"a ({10**30})": 1}, nan_ok=True)
+    assert result["ap_per_class"] == pytest.approx(
+        {"a (5)": NAN, f"a ({10**30})": 1, "caf\u00e9 ?": NAN}, nan_ok=True)
 
 
-def test_a_class_name_that_cannot_be_printed_is_shown_with_question_marks():
-    gt = instances(ann())
-    gt["categories"][0]["name"] = "caf\u00e9 \ud800"                  # half of a surrogate pair
-    assert "caf\u00e9 ?" in coco_eval(gt, [det(0.9)])["classes"]
-
-
-@pytest.mark.parametrize("change, words", [
-    (dict(image_id=[1]), ["detection 1", "image_id", "[1]"]),
-    (dict(image_id=None), ["detection 1", "image_id", "None"])])
-def test_an_id_of_a_wrong_type_is_named(change, words):
-    test_a_bad_detection_is_named(change, words)
-
-
-def test_numbers_and_curves_as_json(tmp_path, capsys):
-    gt, dets = instances(ann(), ann((0, 0, 9, 9))), [det(0.9), det(0.8, (70, 70, 9, 9))]
-    (tmp_path / "gt.json").write_text(json.dumps(gt))
-    (tmp_path / "dt.json").write_text(json.dumps(dets))
-    files = ["--gt", str(tmp_path / "gt.json"), "--dt", str(tmp_path / "dt.json")]
-    evaluate.main([*files, "--json", str(tmp_path / "out.json")])
-    out, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+def test_numbers_and_curves_as_json(capsys):
+    write_json(gt=instances(ann(), ann((0, 0, 9, 9))), dt=[det(0.9), det(0.8, (70, 70, 9, 9))])
+    files = "--gt", "gt.json", "--dt", "dt.json"
+    result, out = evaluate_py(*files), capsys.readouterr().out
     assert "maxDets=100 ] = 0.505\n" in out                      # 51 of 101 recall thresholds
     assert re.search(r"cat +0\.505 +0\.505 +2\ndog +- +- +0\n", out)
     assert result["stats"]["AP"] == result["stats"]["AP50"] == pytest.approx(51 / 101)
@@ -2238,9 +2178,7 @@ def test_numbers_and_curves_as_json(tmp_path, capsys):
     assert result["per_class"][1] == dict(id=2, name="dog", objects=0, AP=None, AP50=None, AR=None)
     assert np.shape(result["precision"]) == (10, 101, 2, 4, 3) == np.shape(result["scores"])
     assert np.shape(result["recall"]) == (10, 2, 4, 3)
-    with pytest.raises(ValueError, match="folder that is there"):
-        evaluate.main([*files, "--json", str(tmp_path / "absent" / "out.json")])
-    evaluate.main([*files, "--max_dets", "1"])
+    evaluate_py(*files, "--max_dets", 1)
     assert "AP is at 1 detections" in capsys.readouterr().err
 
 
@@ -2280,10 +2218,6 @@ def test_ids_may_be_chosen_by_any_iterable_and_more_than_once():
     hit_and_miss = [det(0.5, BOX, 1, 1), det(0.5, (200, 200, 9, 9), 1, 2)]
     for order, ap in (([1, 2], 1), ([2, 1], 0.5)):               # equal scores, by class as given
         assert outcome([full()], hit_and_miss, "AP", category_ids=order, use_cats=False) == [ap]
-    for wrong in (dict(image_ids=5), dict(image_ids=[[1]]), dict(category_ids="1"),
-                  dict(rec_thrs=[0.9, 0.1]), dict(iou_thrs=[[0.5], [0.5, 0.6]]),
-                  dict(area_ranges={"all": (0, None)}), dict(area_ranges={"all": (0, NAN)})):
-        assert outcome(anns, dets, **wrong) == "ValueError", wrong
 
 
 def test_detections_as_the_array_that_pycocotools_takes():
@@ -2291,39 +2225,24 @@ def test_detections_as_the_array_that_pycocotools_takes():
     assert outcome([full()], rows, "AP", "AR1") == [0.5, 0]
 
 
-@pytest.mark.parametrize("gt, dets, iou_type, words", [
-    ([], instances(), "bbox", "annotations: .* swapped"), (instances(), {}, "bbox", "swapped"),
-    (dict(instances(), annotations=5), [], "bbox", "list of annotations"),
-    (instances(ann()), [dict(image_id=1, category_id=1, segmentation=[], score=1)], "bbox",
-     "--iou_type segm"),
-    (dict(instances(ann()), images=[dict(id=1, height=9, width=9)]), [], "segm",
-     "--iou_type bbox")])
-def test_sides_and_types_that_are_mixed_up(gt, dets, iou_type, words):
-    with pytest.raises(ValueError, match=words):
-        coco_eval(gt, dets, iou_type)
-
-
-def test_filtered_detections_are_none_and_the_file_of_a_fault_is_named(tmp_path, capsys):
-    notes = coco_eval(instances(full(), full(id=2, image_id=2)), [det(0.9)], image_ids=[2])["notes"]
-    assert notes == ["there are no detections in these images and categories: AP is 0"]
-    gt, dt = (str(tmp_path / name) for name in ("gt.json", "dt.json"))
-    (tmp_path / "gt.json").write_text(json.dumps(instances(ann())))
-    (tmp_path / "dt.json").write_text(json.dumps([det("high")]))
-    with pytest.raises(ValueError, match=r"dt.json: detection 0 .* score"):
-        coco_eval(gt, dt)
-    for options, words in ((["--json", gt], "written over"), (["--json", str(tmp_path)], "a file"),
-                           (["--save_json", "x"], "for a checkpoint")):
-        with pytest.raises(ValueError, match=words):
-            evaluate.main(["--gt", gt, "--dt", dt, *options])
-    assert json.loads((tmp_path / "gt.json").read_text()) == instances(ann())
-    with pytest.raises(ValueError, match="for --gt and --dt"):
-        evaluate.main(["ckpt.pt", "--strict"])
+@pytest.mark.parametrize("options, words", [
+    ("--gt gt.json --dt none.json", "none.json not found"),
+    ("--gt gt.json --dt bad.json", "bad.json: detection 0 .* score"),
+    ("--gt gt.json --dt dt.json --json absent/out.json", "folder that is there"),
+    ("--gt gt.json --dt dt.json --json gt.json", "written over"),
+    ("--gt gt.json --dt dt.json --json .", "a file"),
+    ("--gt gt.json --dt dt.json --save_json x", "for a checkpoint"),
+    ("ckpt.pt --strict", "for --gt and --dt")])
+def test_files_and_flags_that_do_not_fit_are_refused(options, words):
+    write_json(gt=instances(ann()), dt=[det(0.9)], bad=[det("high")])
+    refused(words, evaluate.main, options.split(), error=(ValueError, FileNotFoundError))
+    assert json.load(open("gt.json")) == instances(ann())
 
 
 def test_the_table_has_the_best_class_first():
     gt = instances(ann(), ann(category_id=2))
-    table = coco_eval_py.ap_table(coco_eval(gt, [det(0.9), det(0.8, (10, 10, 50, 30), 1, 2)]))
-    assert re.search(r"cat +1.000 +1.000 +1\ndog +0.300 +1.000 +1", table)
+    table = coco_eval_py.ap_table(coco_eval(gt, [det(0.9, (10, 10, 50, 30)), det(0.8, BOX, 1, 2)]))
+    assert re.search(r"dog +1.000 +1.000 +1\ncat +0.300 +1.000 +1", table)
 
 
 # -- the evaluator: masks ------------------------------------------------------------------------
@@ -2383,10 +2302,8 @@ def test_mask_overlap_equals_that_of_pixels():
     (dict(size=[7, 8], counts=""), "cut short"), (dict(size=[7, 8], counts="\x05"), "cut short"),
     (dict(size=[7, 8], counts=[2**62] * 4 + [56]), "no runs"), (dict(size=3, counts=[56]), "int")])
 def test_malformed_masks_are_refused(segmentation, words):
-    gt = instances(ann(segmentation=segmentation))
-    gt["images"] = [dict(id=1, height=7, width=8)]
-    with pytest.raises(ValueError, match=f"annotation 0 .*{words}"):
-        coco_eval(gt, [], "segm")
+    gt = dict(instances(ann(segmentation=segmentation)), images=[dict(id=1, height=7, width=8)])
+    refused(f"annotation 0 .*{words}", coco_eval, gt, [], "segm")
 
 
 def test_a_mask_has_its_own_area_unless_strict(capsys):
@@ -2401,8 +2318,7 @@ def test_a_mask_has_its_own_area_unless_strict(capsys):
     strict = coco_eval(gt, [miss, *hits], "segm", strict=True)
     assert strict["stats"][3:5].tolist() == pytest.approx([1, 0.5])    # 2500: a medium one
     del gt["images"][0]["width"]
-    with pytest.raises(ValueError, match="detection 0 .* width None"):
-        coco_eval(gt, [miss], "segm")
+    refused("detection 0 .* width None", coco_eval, gt, [miss], "segm")
 
 
 SMALL = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=2, dropout=0.0)
@@ -3622,14 +3538,6 @@ def test_only_weights_of_two_or_more_dimensions_decay(name):
     vectors = [p for p in model.parameters() if p.dim() == 1]
     assert {id(p) for p in rest["params"]} == {id(p) for p in vectors + positions}
     assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
-
-
-def test_linked_folders_of_images_are_walked(tmp_path):
-    for name in ("data/val/a", "data/val/b", "elsewhere"):
-        os.makedirs(tmp_path / name)
-        Image.new("RGB", (9, 9)).save(tmp_path / name / "1.png")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "data/val/b/more", target_is_directory=True)
-    assert ImageFolder(tmp_path / "data", "val").labels.tolist() == [0, 1, 1]
 
 
 def test_warm_up_in_epochs_wins_over_the_presets_steps():
