@@ -28,6 +28,7 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # more wait for each other where cores are shared
 
@@ -47,7 +48,6 @@ import mixers as mixers_py
 import coco_eval as coco_eval_py
 import check_data as check_data_py
 import resnet as resnet_py
-import classification as classification_py
 import data
 import model as model_py
 import evaluate
@@ -62,8 +62,8 @@ from check_data import check_coco, open_images
 from resnet import ResNet
 from metaformer import METAFORMERS, MetaFormerConfig, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
-                            center_crop, classification_loss, crop_region, mix, rand_augment,
-                            random_erase)
+                            accuracy_table, center_crop, class_accuracy, class_rows,
+                            classification_loss, crop_region, mix, rand_augment, random_erase)
 from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSampler, apply_plan,
                   box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, overlap, plan_training,
                   sort_by_shape, xyxy_to_cxcywh)
@@ -1658,35 +1658,27 @@ def test_stochastic_depth_grows_linearly_over_all_blocks_and_keeps_the_mean():
     assert {b.drop_path for stage in detector.backbone[0].body.stages for b in stage} == {0}
 
 
-def test_classifier_checkpoints_are_plain_data_and_know_their_classes(tmp_path):
-    torch.manual_seed(0)
-    source = build_model("poolformer_s12_pppf", num_classes=5, image_size=64)
-    torch.save(dict(model=source.state_dict(), model_config=asdict(source.cfg)), tmp_path / "c.pt")
-    state = torch.load(tmp_path / "c.pt", weights_only=True)
-    model = build_model(MetaFormerConfig(**state["model_config"]))
-    assert load_weights(model, tmp_path / "c.pt") == []
+def test_classifier_checkpoints_are_plain_data_and_know_their_classes():
+    source, other = (build_model("metaformer_tiny", mixers="pool,pool,pool,fc", num_classes=K)
+                     for K in (5, 7))
+    torch.save(dict(model=source.state_dict(), model_config=asdict(source.cfg)), "c.pt")
+    model = build_model(MetaFormerConfig(**checkpoint("c.pt")["model_config"]))
+    assert load_weights(model, "c.pt") == []
     assert not differing(model.state_dict(), source.state_dict())
-    other = build_model("poolformer_s12_pppf", num_classes=7, image_size=64)
-    words = r"2 tensor\(s\) differ.*classes\?\nhead.bias: \(5,\)"
-    refused(words, load_weights, other, tmp_path / "c.pt")
-    report = load_weights(other, tmp_path / "c.pt", strict=False)
+    refused(r"2 tensor\(s\) differ.*classes\?\nhead.bias: \(5,\)", load_weights, other, "c.pt")
+    report = load_weights(other, "c.pt", strict=False)
     assert [line.split(":")[0] for line in report] == ["head.bias", "head.weight"]
     assert differing(other.state_dict(), source.state_dict()) == {"head.bias", "head.weight"}
-    pool = build_model("poolformer_s12", num_classes=5)
-    refused("mixers pool,pool,pool,fc in the file, pool,pool,pool", load_weights, pool,
-            tmp_path / "c.pt")
-    refused("token_mixer.weight .*not in the model", load_weights, pool, state["model"])
 
 
 def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
     tiny = build_model("metaformer_tiny", mixers="identity", activation="relu")
     source = dict(model=tiny.state_dict(), model_config=asdict(tiny.cfg))
-    same = build_model("metaformer_tiny", mixers="identity,identity,identity,identity",
-                       activation="relu")
-    assert load_weights(same, source) == []
-    detector = build_model("detr_tiny", backbone="metaformer_tiny")
+    four = "identity,identity,identity,identity"
+    assert load_weights(build_model("metaformer_tiny", mixers=four, activation="relu"), source) == []
     words = "activation relu in the file, gelu in the model"
-    refused(f"{words}, mixers", load_weights, detector, source)
+    refused(f"{words}, mixers {four} in the file, pool,pool,pool,pool in the model", load_weights,
+            build_model("detr_tiny", backbone="metaformer_tiny"), source)
     refused(f"{words}$", load_weights, build_model("metaformer_tiny"), source, strict=False)
 
 
@@ -3462,41 +3454,26 @@ def test_accuracy_is_the_same_at_1_2_and_3_ranks(ranks):
         assert torch.equal(saved["classified"][1], stats)
 
 
-class Table(list):
-    """A data set whose images hold their number, and a model that looks their logits up."""
-
-    def __init__(self, labels, logits):
-        super().__init__((torch.full((3, 1, 1), i, dtype=torch.uint8),
-                          {"labels": torch.tensor([k]), "index": i}) for i, k in enumerate(labels))
-        self.logits, self.classes = torch.tensor(logits), list("abcdefg")
-        self.image_ids = np.array([10 * i for i in range(len(labels))])
-
-    def classify(self):
-        loader = DataLoader(self, batch_size=4, collate_fn=collate)
-        model = type("Model", (), dict(eval=lambda _: None, __call__=lambda _, images, valid:
-                                       self.logits[images[:, 0, 0, 0].long()]))()
-        return evaluate.classify(model, loader, "cpu")
-
-
 def test_top_1_top_5_and_accuracy_of_classes_by_hand():
-    even = 7 * [0.0]
-    table = Table([0, 1, 1, 2, 0, 6], [
-        [9.0, 1, 2, 3, 4, 5, 6],                                  # first
-        [7.0, 3, 6, 5, 4, 2, 1],                                  # fifth
-        [7.0, 2, 6, 5, 4, 3, 1],                                  # sixth
-        even, even, even])                                        # the classes stand in order
-    rows = table.classify()
-    assert rows[:, 1].tolist() == 6 * [0] and rows[:, 4].tolist() == [0, 4, 5, 2, 0, 6]
+    dataset = SimpleNamespace(classes=list("abcdefg"), image_ids=np.arange(0, 60, 10))
+    targets = [{"labels": torch.tensor([k]), "index": i} for i, k in enumerate((0, 1, 1, 2, 0, 6))]
+    logits = torch.zeros(6, 7)                                    # equal: the classes in order
+    logits[:3] = torch.tensor([[9, 1, 2, 3, 4, 5, 6],             # the true class is first,
+                               [7, 3, 6, 5, 4, 2, 1],             # fifth
+                               [7, 2, 6, 5, 4, 3, 1]])            # and sixth
+    rows = class_rows(logits, targets, dataset)
+    assert rows[:, 0].tolist() == list(range(6)) and rows[:, 1].tolist() == 6 * [0]
+    assert rows[:, 4].tolist() == [0, 4, 5, 2, 0, 6]
     assert rows[3:, 2].tolist() == pytest.approx(3 * [1 / 7])
-    result = classification_py.class_accuracy(rows, table)
+    result = class_accuracy(rows, dataset)
     assert result["stats"].tolist() == pytest.approx([2 / 6, 4 / 6, 1 / 4])
     assert result["images"].tolist() == [2, 2, 1, 0, 0, 0, 1]
     np.testing.assert_array_equal(result["accuracy"], [1, 0, 0, *3 * [np.nan], 0])
-    assert "d          -        0" in classification_py.accuracy_table(result)
+    assert "d          -        0" in accuracy_table(result)
     assert evaluate.result_json(result)["per_class"][3] == dict(name="d", images=0, top1=None)
     for bad in (math.nan, math.inf):
-        table = Table([0, 0], [even, 6 * [0.0] + [bad]])
-        refused(r"image\(s\) \[10\] are not finite", table.classify)
+        logits[1, 6] = bad
+        refused(r"image\(s\) \[10\] are not finite", class_rows, logits, targets, dataset)
 
 
 @pytest.mark.parametrize("name", ["poolformer_s12_ppaa", "caformer_s18", "vit_ti"])
