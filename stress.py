@@ -25,13 +25,16 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # more wait for each other where cores are shared
@@ -81,6 +84,21 @@ def assert_identical(a, b):
 
 def annotation(id, image_id, category_id, bbox=(10, 5, 20, 30), **more):
     return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
+
+
+def write_coco(root, sizes=((64, 48), (64, 48), (64, 48)), **changes):
+    """Three images of sizes (width, height) and their annotations on disk; the two paths."""
+    images = [dict(id=i, file_name=f"{i}.png", width=w, height=h)
+              for i, (w, h) in zip((900, 2, 40), sizes)]
+    for r in images:
+        color = r["id"] % 256, 0, 0
+        Image.new("RGB", (r["width"], r["height"]), color).save(root / r["file_name"])
+    content = {
+        "images": images,
+        "categories": [dict(id=i, name=n) for i, n in ((90, "zebra"), (7, "ant"), (13, "mole"))],
+        "annotations": [annotation(1, 900, 90), annotation(2, 2, 13), annotation(3, 2, 7)]}
+    (root / "instances.json").write_text(json.dumps(content | changes))
+    return root / "instances.json", root
 
 
 BOX = (10, 10, 50, 50)
@@ -330,21 +348,14 @@ def use(json_path, folder, train):
 
 def fuzz(root, seeds, train_every):
     """Counts of what became of mutated COCO files: "fault", "size" (of an image file), "used"."""
-    Image.new("RGB", (8, 6)).save(root / "0.png")
-    Image.new("RGB", (5, 9)).save(root / "1.png")
-    Image.new("RGB", (1, 50)).save(root / "2.png")
+    boxes = ((701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
+             (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))
+    sound, _ = write_coco(root, ((8, 6), (5, 9), (1, 50)), annotations=[
+        annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in boxes])
     (root / "folder").mkdir(exist_ok=True)
     path, counts = root / "mutant.json", dict(fault=0, size=0, used=0)
     for seed in seeds:
-        rng = random.Random(seed)
-        content = {
-            "images": [dict(id=i, file_name=f"{k}.png", width=w, height=h)
-                       for k, (i, w, h) in enumerate(((900, 8, 6), (2, 5, 9), (40, 1, 50)))],
-            "categories": [dict(id=i, name=n) for i, n in (
-                (90, "zebra"), (7, "ant"), (13, "mole"))],
-            "annotations": [annotation(*ids, box, area=6, iscrowd=crowd) for *ids, box, crowd in (
-                (701, 900, 90, (1, 1, 2, 3), 0), (702, 2, 13, (0, 0, 5, 9), 0),
-                (703, 2, 7, (1.5, 2, 3, 4), 1), (704, 40, 7, (0, 10, 1, 30), 0))]}
+        rng, content = random.Random(seed), json.loads(sound.read_text())
         names = set()
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             names |= mutate(content, rng)
@@ -379,9 +390,42 @@ def saved(image, format, **options):
     return file.getvalue()
 
 
+def png(width, height, pixels):
+    """A grey PNG file that claims this size, whatever its compressed pixels hold."""
+    def chunk(kind, body):
+        return struct.pack(">I4s", len(body), kind) + body + struct.pack(
+            ">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, *4 * [0]))
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+
+
+def broken_images():
+    """{name: (bytes, what the error says, or None where it reads as `PICTURE` within 16)}."""
+    still, fine = PICTURE.quantize(64), dict(quality=95, subsampling=0)
+    jpeg, flat = saved(PICTURE, "JPEG", **fine), bytes(49 * 64)
+    files = {f"cut.{format}": (saved(PICTURE, format)[:-60], "")
+             for format in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm")}
+    exif = saved(PICTURE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" * 3, **fine)
+    return files | {
+        "empty.jpg": (b"", "cannot identify"), "text.jpg": (b"404: not found", "cannot identify"),
+        "page.jpg": (b"<!DOCTYPE html><html>" + b" " * 5000, "cannot identify"),
+        "noise.png": (bytes(range(256)) * 9, "cannot identify"),
+        "crc.png": (png(48, 64, flat).replace(b"\x08\0\0\0\0", b"\x08\0\0\0\1"), ""),
+        "short.png": (png(48, 64, flat[:99]), "truncated"), "zero.png": (png(0, 0, b""), ""),
+        "claims.png": (png(60_000, 60_000, flat), "decompression bomb"),
+        "bomb.png": (png(13_400, 13_400, bytes(13_401 * 13_400)), "decompression bomb"),
+        "tables.jpg": (re.sub(rb"\xff\xdb\0C.{65}", b"", jpeg, flags=re.S), "broken data stream"),
+        "floats.tif": (saved(PICTURE.convert("F"), "TIFF"), "mode F"),
+        "size.png": (saved(PICTURE.crop((0, 0, 48, 63)), "PNG"), "48 x 63 .*say 48 x 64"),
+        "exif.jpg": (exif, None), "tail.jpg": (jpeg + b"\0" * 999, None),
+        "png.jpg": (saved(PICTURE, "PNG"), None),
+        "moving.gif": (saved(still, "GIF", save_all=True, append_images=[still.rotate(90)]), None),
+        "cmyk.jpg": (saved(PICTURE.convert("CMYK"), "JPEG", **fine), None)}
+
+
 def change_bytes(content, rng):
     """An image file cut short, or with some bytes overwritten, inserted or left out."""
-    at, n = rng.randrange(len(content)), rng.choice((1, 1, 4, 60))
+    at, n = rng.randint(0, len(content)), rng.choice((1, 1, 4, 60))
     odd = bytes(rng.randrange(256) for _ in range(n))
     return rng.choice((content[:at], content[:at] + odd + content[at + n:],
                        content[:at] + odd + content[at:], content[:at] + content[at + n:]))
@@ -389,12 +433,15 @@ def change_bytes(content, rng):
 
 def fuzz_images(root, seeds):
     """Counts of image files with changed bytes that were "read" or named in an error ("fault")."""
+    files = {name: content for name, (content, _) in broken_images().items()}
+    for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+        files[f"sound.{format}"] = saved(PICTURE, format)
     counts = dict(read=0, fault=0)
     for seed in seeds:
         rng = random.Random(seed)
-        format = rng.choice(("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"))
-        path = root / f"a.{format.lower()}"
-        path.write_bytes(change_bytes(saved(PICTURE, format), rng))
+        name = rng.choice(sorted(files))
+        path = root / name
+        path.write_bytes(change_bytes(files[name], rng))
         try:
             image = read_image(path, (64, 48))
             assert image.mode == "RGB" and image.size == (48, 64), seed
@@ -563,7 +610,7 @@ def evaluator_main(args):
 def annotations_main(args):
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(Path(folder), range(args.seed, args.seed + args.count), train_every=10)
-    print(f"{args.count} changed files: {counts['fault']} faults named, {counts['used']} trained on, "
+    print(f"{args.count} changed files: {counts['fault']} faults named, {counts['used']} used, "
           f"{counts['size']} that give an image another size than it has")
 
 
