@@ -54,12 +54,12 @@ from losses import set_loss
 
 # -- used by test_all.py too ---------------------------------------------------------------------
 
-TINY = """--model detr_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
+TINY_FILES = """--model detr_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
     --dec_layers 2 --backbone_norm batch --backbone_weights none --dropout 0.1 --image_size 32
-    --train_shapes 24 --val_shapes 5 --augment --batch_size 8 --eval_batch_size 2 --epochs 2
-    --schedule step --lr_drop 1 --warmup_steps 2 --lr 1e-3 --lr_backbone 1e-4 --weight_decay 1e-4
-    --clip_max_norm 0.1 --eval_every 1 --log_every 1 --num_workers 0 --device cpu --dtype float32
-    --seed 1""".split()
+    --augment --batch_size 8 --eval_batch_size 2 --epochs 2 --schedule step --lr_drop 1
+    --warmup_steps 2 --lr 1e-3 --lr_backbone 1e-4 --weight_decay 1e-4 --clip_max_norm 0.1
+    --eval_every 1 --log_every 1 --num_workers 0 --device cpu --dtype float32 --seed 1""".split()
+TINY = [*TINY_FILES, "--train_shapes", "24", "--val_shapes", "5"]
 
 
 def checkpoint(path):
