@@ -92,7 +92,7 @@ def evaluate_py(*options):
     return json.load(open("numbers.json"))
 
 
-# -- weights and inputs that follow from names, with which the official values were computed -------
+# -- weights and inputs that follow from names: the official values were computed with them ------
 
 def rng(name):
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
@@ -351,7 +351,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     refused("instances.json is not valid JSON", CocoDataset, path, folder)
 
 
-# -- data.py: image files ------------------------------------------------------------------------
+# -- images.py: reading pictures -----------------------------------------------------------------
 
 PALETTED = Image.new("P", (4, 3), 1)
 PALETTED.putpalette([0, 0, 0, 10, 200, 30])
@@ -386,7 +386,7 @@ def test_images_are_turned_upright_unless_the_annotations_have_the_raw_size(tmp_
     assert raw.shape == (48, 64, 3) and raw[:, :28].min() > 200 and raw[:, 36:].max() < 50
 
 
-# -- data.py: what can be wrong with a data set ---------------------------------------------------
+# -- check_data.py: what can be wrong with a data set --------------------------------------------
 
 
 def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
@@ -670,7 +670,7 @@ def test_evaluation_sees_each_image_once_in_the_same_batches_at_any_world_size(w
     assert sorted(sum(batches, [])) == list(range(50))
 
 
-# -- data.py: image folders ----------------------------------------------------------------------
+# -- classification.py: image folders and their augmentation -------------------------------------
 
 def grey_images(root, *paths):
     """PNG files of 6 x 4 pixels (width x height), the k-th of brightness k."""
@@ -1137,7 +1137,7 @@ def test_learned_positions_are_column_then_row_and_end_at_50():
         position(torch.ones(1, 2, 51, dtype=torch.bool))
 
 
-# -- model.py: mixers ----------------------------------------------------------------------------
+# -- mixers.py -----------------------------------------------------------------------------------
 
 def mixer_case(name, grid=(3, 5)):
     """A mixer with random parameters, tokens and positions of two images, and a ragged valid."""
@@ -1265,7 +1265,7 @@ def test_encoder_and_decoder_can_have_mixers_of_their_own(encoder, decoder):
         assert {type(layer.self_attn) for layer in part.layers} == {MIXERS[name or "attention"]}
 
 
-# -- model.py: config and weights ----------------------------------------------------------------
+# -- model.py and checkpoint.py: config and weights ----------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
     (dict(mixer="magic"), "--mixer magic is unknown.*attention.*pool"),
@@ -1367,7 +1367,7 @@ def test_damaged_missing_and_dangerous_files_are_errors_that_name_them(tmp_path)
         load_weights(model, tmp_path / "none.pt")
 
 
-# -- model.py: MetaFormer ------------------------------------------------------------------------
+# -- metaformer.py -------------------------------------------------------------------------------
 
 def official_tensors(model):
     """Official name -> (our name, official shape) of every tensor of a MetaFormer."""
@@ -1872,7 +1872,7 @@ def test_parts_of_a_classification_step_add_up_and_are_float32_under_autocast():
         assert_close(loss, exact)
 
 
-# -- the evaluator -------------------------------------------------------------------------------
+# -- coco_eval.py: by hand, and beside pycocotools -----------------------------------------------
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -1991,7 +1991,7 @@ def test_sides_and_types_that_are_mixed_up_are_refused(gt, dets, iou_type, words
     refused(words, coco_eval, gt, dets, iou_type)
 
 
-# -- the evaluator: parameters, strict, causes ---------------------------------------------------
+# -- coco_eval.py: parameters, strict, notes, files ----------------------------------------------
 
 def outcome(anns, dets, *names, **params):
     """The named ones of the 12 numbers, rounded to 4 digits, or the error's type."""
@@ -2181,7 +2181,7 @@ def test_the_table_has_the_best_class_first():
     assert re.search(r"dog +1.000 +1.000 +1\ncat +0.300 +1.000 +1", table)
 
 
-# -- the evaluator: masks ------------------------------------------------------------------------
+# -- coco_eval.py: masks -------------------------------------------------------------------------
 
 def pixels(edges, h, w):
     """A mask's edges as an array (h, w) of 0 and 1, column by column."""
@@ -2238,6 +2238,8 @@ def test_a_mask_has_its_own_area_unless_strict(capsys):
     refused("detection 0 .* width None", coco_eval, gt, [miss], "segm")
 
 
+# -- short runs of train.py ----------------------------------------------------------------------
+
 SMALL = dict(hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1, dec_layers=2, dropout=0.0)
 CLASSIFIER_FILES = """--model metaformer_tiny --depths 1,1,1,1 --widths 8,8,8,8 --image_size 32
     --augment --batch_size 8 --eval_batch_size 4 --epochs 2 --warmup_steps 2 --mixup 0.8 --cutmix 1
@@ -2274,7 +2276,7 @@ def stop_in(step):
     return train_step
 
 
-# -- processes -----------------------------------------------------------------------------------
+# -- train.py: processes -------------------------------------------------------------------------
 
 class Recorder:
     """In place of an optimizer: keeps the gradients."""
@@ -2492,7 +2494,7 @@ def test_a_rank_that_fails_is_named_and_the_others_end_within_seconds(ranks):
     assert checkpoint(ranks[1] / "failed/nan_batch_1.pt")["rank"] == 1
 
 
-# -- resuming and checkpoints --------------------------------------------------------------------
+# -- train.py: resuming and checkpoints ----------------------------------------------------------
 
 def assert_same_run(a, b):
     """Two finished runs of two epochs are equal: weights, optimizer, log."""
@@ -2722,7 +2724,7 @@ def test_a_stop_by_sigterm_has_its_own_exit_code(monkeypatch):
     assert run(*TINY) == 143 and checkpoint("out/ckpt.pt")["step"] == 2
 
 
-# -- what goes wrong -----------------------------------------------------------------------------
+# -- train.py: what goes wrong -------------------------------------------------------------------
 
 def not_finite_at(step, spoil, weights):
     """A train_step whose step-th call first spoils the model, whose weights it keeps."""
@@ -3004,7 +3006,7 @@ def test_a_rank_without_images_evaluates_none():
     assert evaluate.detect(mixer_model("pool").eval(), loader, "cpu").shape == (0, 7)
 
 
-# -- killed at any moment ------------------------------------------------------------------------
+# -- stress.py: killed at any moment -------------------------------------------------------------
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
@@ -3016,7 +3018,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(options):
     assert done.returncode == 0 and "bit-equal" in done.stdout, done.stdout + done.stderr
 
 
-# -- learning rate -------------------------------------------------------------------------------
+# -- train.py: learning rate ---------------------------------------------------------------------
 
 def test_the_learning_rate_is_a_function_of_the_step():
     step = train.TrainConfig(schedule="step", lr_drop=2, warmup_steps=4, epochs=6)
@@ -3050,7 +3052,7 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     assert all(p.requires_grad for p in model.transformer.parameters())
 
 
-# -- options -------------------------------------------------------------------------------------
+# -- config.py: options --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
     ("--learning_rate 1", ["--learning_rate"]),
@@ -3105,7 +3107,7 @@ def test_booleans_have_a_no_flag():
     assert given == dict(augment=False, pre_norm=True)            # and nothing that was not given
 
 
-# -- files ---------------------------------------------------------------------------------------
+# -- evaluate.py and predict.py: files -----------------------------------------------------------
 
 IDS = {7: "dog", 90: "owl", 3: "cat"}
 
@@ -3283,7 +3285,7 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone():
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 
 
-# -- classifiers ---------------------------------------------------------------------------------
+# -- classification.py: classifiers in training and evaluation -----------------------------------
 
 def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsys):
     assert run(*CLASSIFIER) == 0
@@ -3574,7 +3576,7 @@ def test_the_images_given_are_left_as_they_are():
     assert (images == 7).all()
 
 
-# -- speed ---------------------------------------------------------------------------------------
+# -- bench.py, and what makes it fast ------------------------------------------------------------
 
 def test_batches_of_like_shape_are_whole_and_waste_little():
     sizes = [plan_training(*((480, 640), (640, 427), (640, 480), (375, 500))[i % 4], 800, 1333,
