@@ -278,7 +278,8 @@ def test_sparse_ids_become_contiguous_and_images_without_annotations_stay(tmp_pa
     assert targets[1]["boxes"].shape == (0, 4) and targets[1]["labels"].dtype == torch.int64
     assert [image[0, 0, 0].item() for image in images] == [2, 40, 900 % 256]
     assert targets[2]["orig_size"] == (48, 64) and targets[2]["index"] == 2
-    dataset.keep(2)                                                  # --overfit 2
+    refused("--overfit 3: only 2 of the 3 images have objects", dataset.keep, 3)
+    dataset.keep(2)
     assert dataset.image_ids.tolist() == [2, 900] and dataset[1][1]["labels"].tolist() == [2]
 
 
@@ -299,6 +300,7 @@ def test_given_classes_set_the_order_of_the_labels(tmp_path):
     ("annotations", 0, dict(bbox=[1, 2, 3]), "4 finite numbers"),
     ("annotations", 0, dict(bbox=None), "bbox None"),
     ("annotations", 0, dict(bbox=[1, 2, -3, 4]), r"\[1, 2, -3, 4\] has a negative"),
+    ("annotations", 0, dict(bbox=[1, 2, 3, -4]), r"\[1, 2, 3, -4\] has a negative"),
     ("annotations", 0, dict(iscrowd=2), "iscrowd 2"),
     ("annotations", 0, dict(area="big"), "area 'big'"),
     ("annotations", 1, dict(id=1), "annotation id 1 occurs twice"),
