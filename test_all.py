@@ -1,8 +1,37 @@
 """One test per promise: python -m pytest test_all.py
-Longer runs of what kills, changes files at random and compares with pycocotools: stress.py
 
 Expected values come from elsewhere: by hand, from a loop written here, from torch's own modules, or
 computed by the official code (facebookresearch/detr at 29901c5, CPU, float32) and copied here.
+Every test runs in an empty folder of its own. stress.py has longer runs of those that kill training,
+change files at random and compare with pycocotools.
+
+The sections, with words for -k that find most of their tests:
+
+helpers, and the inputs with which the official values were computed
+data.py                     boxes and augmentation      -k "overlap or boxes or augmentation"
+data.py                     COCO files                  -k "coco or annotation"
+images.py                   reading pictures            -k "image_modes or upright"
+check_data.py               what can be wrong           -k "data_py or broken or bytes or no_file"
+data.py                     shapes and batches          -k "shapes or batch or a_step"
+classification.py           folders and augmentation    -k "folder or random or mixed"
+model.py                    the official DETR           -k "official or torchs"
+mixers.py                                               -k "mixer or token or neighbours"
+model.py, checkpoint.py     config and weights          -k "config or weights"
+metaformer.py                                           -k "metaformer or backbone or classifier"
+matcher.py, losses.py                                   -k "matching or loss"
+coco_eval.py                by hand, pycocotools        -k "pycocotools or equal or crowd"
+coco_eval.py                parameters, notes, files    -k "parameters or strict or json"
+coco_eval.py                masks                       -k mask
+helpers                     short runs of train.py
+train.py                    processes                   -k rank
+train.py                    resuming and checkpoints    -k "resum or checkpoint or ctrl_c"
+train.py                    what goes wrong             -k "finite or memory or killed or signal"
+stress.py                   killed at any moment        -k killed_again
+train.py                    learning rate               -k learning_rate
+config.py                   options                     -k "option or flag"
+evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
+classification.py           training and evaluation     -k "classifier or class_folders"
+bench.py                    and what makes it fast      -k "bench or lever"
 """
 
 import argparse
@@ -45,7 +74,6 @@ from torch.utils.data import DataLoader
 
 import mixers as mixers_py
 import check_data
-import data
 import model as model_py
 import evaluate
 import train
