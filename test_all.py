@@ -3040,7 +3040,7 @@ def test_a_rank_without_images_evaluates_none():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
-@pytest.mark.parametrize("options", ["6", "4 --processes 2", "1 --torchrun"])
+@pytest.mark.parametrize("options", ["4", "2 --processes 2", "1 --torchrun"])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(options):
     """In a process of its own, in which nothing of torch has run before it forks."""
     done = subprocess.run([sys.executable, stress.__file__, "kill", *options.split()], text=True,
@@ -3373,18 +3373,6 @@ def test_parts_and_ranks_give_the_mixed_gradients_of_the_whole_batch(ranks, mixe
     counts = sum(loss_counts(targets, 1) for *_, targets in parts)
     got = gradients(tiny_classifier(mixers, norm), parts, counts, loss_cfg=ClassLossConfig())
     assert_close_gradients(got, expected)
-
-
-def test_two_ranks_train_a_classifier_as_one_does(ranks, tmp_path):
-    assert run(*CLASSIFIER, "--accumulate", 2, "--output_dir", tmp_path) == 0
-    assert [ranks[0][2, rank]["class_code"] for rank in (0, 1)] == [0, 0]
-    one, two = lines(tmp_path / "log.txt"), lines(ranks[1] / "classes/log.txt")
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=1e-3)
-    one, two = (checkpoint(folder / "ckpt.pt")["model"]
-                for folder in (tmp_path, ranks[1] / "classes"))
-    assert_close(one, two, rtol=1e-2, atol=2e-4)                  # of steps up to 2e-3
 
 
 def test_accuracy_is_the_same_at_1_2_and_3_ranks(ranks):
