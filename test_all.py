@@ -418,10 +418,15 @@ def test_images_are_turned_upright_unless_the_annotations_have_the_raw_size(tmp_
 
 # -- check_data.py: what can be wrong with a data set --------------------------------------------
 
-
 def test_mutated_coco_files_are_errors_that_name_the_record_or_can_be_trained_on(tmp_path):
     counts = stress.fuzz(tmp_path, range(600), train_every=10)
     assert counts["fault"] > 400 and counts["used"] > 40 and sum(counts.values()) == 600
+
+
+@pytest.mark.filterwarnings("ignore")                                # Pillow's on damaged files
+def test_image_files_with_changed_bytes_are_errors_that_name_them_or_are_read(tmp_path):
+    counts = stress.fuzz_images(tmp_path, range(200))
+    assert counts["fault"] > 100 and counts["read"] > 30
 
 
 def first_batch(dataset):
@@ -433,12 +438,6 @@ def first_batch(dataset):
         batches._shutdown_workers()
 
 
-@pytest.mark.filterwarnings("ignore")                                # Pillow's on damaged files
-def test_image_files_with_changed_bytes_are_errors_that_name_them_or_are_read(tmp_path):
-    counts = stress.fuzz_images(tmp_path, range(200))
-    assert counts["fault"] > 100 and counts["read"] > 30
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_images_are_errors_that_name_file_and_id_or_read_to_the_right_pixels(tmp_path):
     files = broken_images()
@@ -447,9 +446,7 @@ def test_broken_images_are_errors_that_name_file_and_id_or_read_to_the_right_pix
         (tmp_path / name).write_bytes(content)
     records = [dict(id=f"no {k}", file_name=name, width=48, height=64)
                for k, name in enumerate(sorted(files))]
-    (tmp_path / "a.json").write_text(json.dumps(dict(
-        images=records, annotations=[], categories=[dict(id=1, name="a")])))
-    dataset = CocoDataset(tmp_path / "a.json", tmp_path)
+    dataset = CocoDataset(*write_coco(tmp_path, images=records, annotations=[]))
     names = [name.decode() for name in dataset.files]
     for i, name in enumerate(names):
         if files[name][1] is None:
@@ -491,19 +488,17 @@ def test_what_is_no_file_is_an_error_and_never_waited_for(tmp_path):
     "../900.png", "a/../../900.png", "/etc/passwd", "//host/900.png", "\\900.png", "C:\\900.png",
     "c:900.png", "..\\900.png", "a\\..\\900.png", "\\\\host\\share\\900.png", "..", "a/.."])
 def test_file_names_cannot_lead_out_of_the_image_folder(tmp_path, name):
-    (tmp_path / "images").mkdir()
-    json_path, _ = write_coco(tmp_path, annotations=[], images=[
-        dict(id=900, file_name=name, width=64, height=48)])
-    refused("image 900: file_name .* leads out of the image folder", CocoDataset, json_path,
-            tmp_path / "images")
+    images = [dict(id=900, file_name=name, width=64, height=48)]
+    paths = write_coco(tmp_path, images=images, annotations=[])
+    refused("image 900: file_name .* leads out of the image folder", CocoDataset, *paths)
 
 
 def test_folders_below_and_links_that_the_user_made_are_followed(tmp_path):
-    (tmp_path / "images/..2").mkdir(parents=True)
-    json_path, _ = write_coco(tmp_path, annotations=[], images=[
-        dict(id=900, file_name="..2/a..b.png", width=64, height=48)])
-    (tmp_path / "images/..2/a..b.png").symlink_to(tmp_path / "900.png")
-    assert CocoDataset(json_path, tmp_path / "images")[0][0][0, 0, 0] == 900 % 256
+    images = [dict(id=900, file_name="..2/a..b.png", width=64, height=48)]
+    paths = write_coco(tmp_path, images=images, annotations=[])
+    (tmp_path / "..2").mkdir()
+    (tmp_path / "..2/a..b.png").symlink_to(tmp_path / "900.png")
+    assert CocoDataset(*paths)[0][0][0, 0, 0] == 900 % 256
 
 
 @pytest.mark.parametrize("h, w", [(1, 5000), (5000, 1), (1, 1), (3, 900_000), (999_999, 1)])
