@@ -635,22 +635,19 @@ def test_collate_pads_right_and_below_and_says_where():
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-class Sized:
-    """As much of a data set as a sampler needs: images of many shapes."""
-
-    def __init__(self, n):
-        self.sizes = np.random.default_rng(0).integers(300, 900, (n, 2)).tolist()
-
-    def __len__(self):
-        return len(self.sizes)
+class Sized(list):
+    """As much of a data set as a sampler needs: the (height, width) of its images."""
 
     def size_of(self, epoch, i):
-        return tuple(self.sizes[i])
+        return tuple(self[i])
+
+
+MANY = Sized(np.random.default_rng(0).integers(300, 900, (250, 2)).tolist())
 
 
 def steps_of(world=1, accumulate=1, epoch=1, first_step=0, grouped=True):
     """The images of every step, gathered from all ranks and accumulated parts."""
-    samplers = [TrainSampler(Sized(250), 8, 5, r, world, accumulate, grouped) for r in range(world)]
+    samplers = [TrainSampler(MANY, 8, 5, r, world, accumulate, grouped) for r in range(world)]
     for sampler in samplers:
         sampler.set_epoch(epoch, first_step)
     shares = [list(sampler) for sampler in samplers]                 # lists of lists of (epoch, i)
@@ -673,7 +670,7 @@ def test_a_step_takes_the_same_images_however_it_is_split(grouped):
 
 def test_grouping_by_shape_saves_padding_and_the_largest_step_of_an_epoch_comes_first():
     """So memory runs out in its first second, or not in it."""
-    sizes = np.array(Sized(250).sizes)
+    sizes = np.array(MANY)
     for epoch in range(3):
         loose, grouped = ([sizes[images].max(0).prod() for images in
                            steps_of(world=2, epoch=epoch, grouped=g)] for g in (False, True))
@@ -682,17 +679,17 @@ def test_grouping_by_shape_saves_padding_and_the_largest_step_of_an_epoch_comes_
 
 
 def test_batch_sizes_that_cannot_be_are_errors():
-    refused("7 images, fewer than --batch_size 8", TrainSampler, Sized(7), 8, 0)
-    refused("--batch_size 8.*3 processes", TrainSampler, Sized(70), 8, 0, world=3)
+    refused("7 images, fewer than --batch_size 8", TrainSampler, MANY[:7], 8, 0)
+    refused("--batch_size 8.*3 processes", TrainSampler, MANY, 8, 0, world=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_each_image_once_in_the_same_batches_at_any_world_size(world):
-    alone = list(EvalSampler(Sized(50), 4))
-    ranks = [EvalSampler(Sized(50), 4, r, world) for r in range(world)]
+    alone = list(EvalSampler(MANY, 4))
+    ranks = [EvalSampler(MANY, 4, r, world) for r in range(world)]
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(batches) == sorted(alone) and len(batches) == sum(map(len, ranks))
-    assert sorted(sum(batches, [])) == list(range(50))
+    assert sorted(sum(batches, [])) == list(range(250))
 
 
 # -- classification.py: image folders and their augmentation -------------------------------------
@@ -2077,7 +2074,6 @@ def test_other_parameters_by_hand():
     dets = [det(0.9, (10, 10, 50, 40)), det(0.8, BOX, 1, 2)]         # IoU 0.8 and 1
     assert outcome(anns, dets, "AP", image_ids=[1]) == [0.85]        # (0.7 + 1) / 2
     assert outcome(anns, dets, "AP", category_ids=[2]) == [1]
-    assert outcome(anns, dets, "AP", image_ids=[2]) == [0]
     assert outcome(anns, dets, "AP", "AP50", "AP75", iou_thrs=[0.8], image_ids=[1]) == [1, -1, -1]
     assert outcome(anns, dets, "AP", rec_thrs=[0.9], image_ids=[1]) == [0.85]
     ranges = {"all": (0, 1e5), "small": (0, 1000), "medium": (2500, 2500), "large": (1e6, 1e7)}
@@ -3692,8 +3688,7 @@ def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, wh
 
 def test_bench_measures_padding_and_the_loader(tmp_path, capsys, monkeypatch):
     files = coco_files(tmp_path, "train", 6)
-    keys, dataset = [[(0, 0), (0, 1)], [(0, 2)]], Sized(3)
-    dataset.sizes = [(4, 8), (8, 4), (5, 5)]
+    keys, dataset = [[(0, 0), (0, 1)], [(0, 2)]], Sized([(4, 8), (8, 4), (5, 5)])
     assert bench.padding_share(dataset, keys) == round(1 - 89 / 153, 4)
     r = bench_line(capsys, monkeypatch, "padding", *files, "--images", 64)["padding"]
     assert all(0 <= r[B]["ours"] <= r[B]["without grouping"] < 1 for B in ("2", "4", "8", "16"))
