@@ -771,7 +771,7 @@ def counts(name):
     named = {k: p.numel() for k, p in model.named_parameters() if p.requires_grad}
     norms = []
     for module in model.modules():
-        if isinstance(module, metaformer_py.GroupNorm):
+        if isinstance(module, metaformer_py.TokenGroupNorm):
             module.register_forward_hook(lambda m, args, y: norms.append(5 * y.numel()))
     macs = count_flops(lambda: model(images)) // 2
     return ({"": sum(named.values()),

@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import torch
 
-from coco_eval import read_json
+from coco_eval import UserError, UserFileError, read_json
 
 
 def is_number(v):
@@ -169,7 +169,7 @@ def find_splits(paths):
     elif len(paths) == 4:
         found = {"train": paths[:2], "val": paths[2:]}
     else:
-        raise FileNotFoundError(
+        raise UserFileError(
             f"{' '.join(paths)}: give a folder that holds annotations/instances_train2017.json and "
             f"instances_val2017.json, train2017/ and val2017/; or one of class folders, "
             f"train/<class>/*.jpg and val/<class>/*.jpg; or an annotation file and its image "
@@ -304,7 +304,7 @@ def command():
     sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     try:
         main()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

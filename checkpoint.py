@@ -1,19 +1,26 @@
-"""Checkpoints: weights in (ours, official, torchvision), runs out, and where a run goes on.
+"""Checkpoints: weights in (ours, official, torchvision), runs out, and where a run continues.
 
     load_weights(build_model("detr_r50"), "detr-r50-e632da11.pth")
-    save_checkpoint("out/ckpt.pt", state)
+    save_run(run)                                 # out/ckpt.pt, written whole or not at all
+    state = read_run("out/ckpt.pt")
+
+A checkpoint holds tensors, numbers, strings, lists and dicts alone, and is enough to evaluate,
+predict and continue.
 """
 
 import argparse
 import json
 import math
 import os
-import pickle
 import shutil
+import time
 import urllib.error
+import zipfile
+from dataclasses import asdict, fields
 
 import torch
 
+from coco_eval import UserError, UserFileError
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
@@ -23,7 +30,7 @@ from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 def read_checkpoint(path):
     """What a checkpoint file, or an http(s) URL of one, holds; only plain data is unpickled.
 
-    Raises FileNotFoundError, and ValueError for what is no such file or cannot be fetched.
+    Raises UserFileError, and UserError for what is no checkpoint, is damaged or cannot be fetched.
     """
     path = str(path)
     try:                                          # official training checkpoints keep their args
@@ -32,42 +39,47 @@ def read_checkpoint(path):
                 print(f"weights: {path}, kept in {torch.hub.get_dir()}/checkpoints")
                 return torch.hub.load_state_dict_from_url(
                     path, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(path):          # torch.load does not look at the checksums
+                with zipfile.ZipFile(path) as file:
+                    if file.testzip():
+                        raise ValueError("checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {path} not found") from None
+        raise UserFileError(f"checkpoint {path} not found") from None
     except urllib.error.URLError as error:
-        raise ValueError(f"{path} cannot be fetched ({error.reason}): download it elsewhere and "
-                         f"give the file's path") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or a damaged one "
-                         f"({str(error).splitlines()[0] if str(error) else error!r})") from None
+        raise UserError(f"{path} cannot be fetched ({error.reason}): download it elsewhere and "
+                        f"give the file's path") from None
+    except Exception as error:                    # a broken file can make torch raise anything
+        raise UserError(f"{path} is not a checkpoint of plain data, or a damaged one "
+                        f"({type(error).__name__})") from None
 
 
-def our_names(state):
-    """A MetaFormer's state dict with official names and shapes, in ours; ours stays as it is.
+def rename_official_keys(state):
+    """Renames, and reshapes where needed, the tensors of an official MetaFormer file to our names;
+    our own state dicts pass unchanged.
 
     Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
     positions; of the baselines; and of DeiT. Not those of Google's ViT and MLP-Mixer: they expect
     other pixel means than ImageNet's.
     """
-    places = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
+    renames = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
     stage = 0
     for i in sorted({int(key.split(".")[1]) for key in state if key.startswith("network.")}):
         if f"network.{i}.proj.weight" in state:
             stage += 1
-            places[f"network.{i}.proj."] = f"downsample_layers.{stage}.conv."
+            renames[f"network.{i}.proj."] = f"downsample_layers.{stage}.conv."
         elif f"network.{i}.pos_embed" in state:
-            places[f"network.{i}."] = ""
+            renames[f"network.{i}."] = ""
         else:
-            places[f"network.{i}."] = f"stages.{stage}."
-    places |= {".attn.": ".token_mixer.", "token_mixer.qkv.": "token_mixer.in_proj_",
+            renames[f"network.{i}."] = f"stages.{stage}."
+    renames |= {".attn.": ".token_mixer.", "token_mixer.qkv.": "token_mixer.in_proj_",
                "token_mixer.proj.": "token_mixer.out_proj.", "token_mixer.fc.": "token_mixer.",
                "random_matrix": "weight", "res_scale1.scale": "res_scale_1",
                "res_scale2.scale": "res_scale_2"}
     renamed = {}
     for key, v in state.items():
-        for theirs, our in places.items():
-            key = key.replace(theirs, our)
+        for theirs, ours in renames.items():
+            key = key.replace(theirs, ours)
         if ".mlp.fc" in key and v.dim() == 4:                       # a 1 x 1 convolution
             v = v.flatten(1)
         elif key == "pos_embed" and v.dim() == 4:                   # (1, C, H, W)
@@ -80,89 +92,103 @@ def our_names(state):
 
 
 def check_same_blocks(name, config, cfg, strict):
-    """Raises ValueError where a MetaFormer checkpoint's config, a dict, differs from cfg in what
-    its tensors do not show. Not strict: the mixers may differ."""
-    if "depths" not in config:
-        return
-    def looks(c):
-        look = {f: getattr(c, f) for f in ("family", "norm", "activation", "residual", "head_size")}
+    """Raises UserError if the checkpoint's model, whose config is a dict, differs from cfg in
+    something that tensor shapes cannot reveal (pool or identity, the activation, ...). Not strict:
+    the mixers may differ."""
+    def hidden_options(c):
+        shown = {f: getattr(c, f) for f in ("family", "norm", "activation", "residual",
+                                            "head_size")}
         mixers = ",".join(mixer for *_, mixer in c.stages)
-        return {**look, "mixers": mixers, "pool_size": c.pool_size} if strict else look
-    theirs, ours = looks(MetaFormerConfig(**config)), looks(cfg)
+        return {**shown, "mixers": mixers, "pool_size": c.pool_size} if strict else shown
+
+    theirs, ours = hidden_options(MetaFormerConfig(**config)), hidden_options(cfg)
     differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
               for f in ours if theirs[f] != ours[f]]
     if differ:
-        raise ValueError(f"{name} is of another model: {', '.join(differ)}")
+        raise UserError(f"{name} is of another model: {', '.join(differ)}")
 
 
 def load_weights(model, source, strict=True):
-    """Copy the tensors of a checkpoint into `model`; every one is accounted for.
+    """Copies the tensors of a checkpoint into `model`; every one is accounted for.
 
     source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
     PoolFormer, MetaFormer-baselines or DeiT file (all go into the whole model), or a classifier for
-    a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one. Returns
-    one line for each tensor that was not taken from or not found in the file. Raises ValueError
-    that names all tensors that do not fit. strict=False, for fine-tuning, lets two things differ
-    and leaves them as initialised: the class head, and the mixers.
+    a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one.
+    strict=False, for fine-tuning, lets the class head and the mixers differ, which then stay as
+    initialised. Returns one line for each tensor that was not taken from or not found in the file.
+    Raises UserError that names the tensors that do not fit.
     """
     from_file = isinstance(source, (str, os.PathLike))
-    state = read_checkpoint(source) if from_file else source
     name = str(source) if from_file else "the state dict"
-    config = state.get("model_config", {}) if isinstance(state, dict) else {}
-    state = state.get("model", state) if isinstance(state, dict) else state
+    file = read_checkpoint(source) if from_file else source
+    state = file.get("model", file) if isinstance(file, dict) else file
     if not isinstance(state, dict) or not state or not all(
             isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{name} holds no weights: a state dict, or one under \"model\", is "
-                         f"expected")
+        raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
+
+    # which part of the model the file is for, and in which names
     target = model
     if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
-        target = model.backbone[0].body                             # from a classifier
+        target = model.backbone[0].body                             # a classifier's
     if isinstance(target, MetaFormer):
-        state = our_names(state)
-        check_same_blocks(name, config, target.cfg, strict)
-    left_out = new = ()
-    if target is not model or getattr(model.cfg, "maps", ""):       # maps, no classifier
-        left_out, new = ("fc.", "norm.", "head."), ("norm0.", "norm2.", "norm4.", "norm6.")
-        if isinstance(target, MetaFormer) and len(target.stages) < 4:
-            left_out += ("pos_embed", *(f"{part}.{k}." for k in range(len(target.stages), 4)
-                                        for part in ("stages", "downsample_layers")))
+        state = rename_official_keys(state)
+        config = upgraded(file).get("model_config", {})
+        if "depths" in config:
+            check_same_blocks(name, config, target.cfg, strict)
+
+    # every tensor that is not in both, in the same shape, is reported or at fault
+    ignored, fresh = expected_differences(target, model)
     own, report, faults = target.state_dict(), [], []
     for key in sorted(own.keys() | state.keys()):
         if key in own and key in state and own[key].shape == state[key].shape:
             continue
         if key not in own:
             line = f"{key} {tuple(state[key].shape)}: not in the model, left out"
+            by_design = key.startswith(ignored)
         elif key not in state:
             line = f"{key} {tuple(own[key].shape)}: not in the file, newly initialised"
+            by_design = key.startswith(fresh)
         else:
             line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
                     f"model, newly initialised")
-        by_design = (key.endswith("num_batches_tracked")
-                     or key not in own and key.startswith(left_out)
-                     or key not in state and key.startswith(new))
+            by_design = False
+        by_design |= key.endswith("num_batches_tracked")
         may_differ = not strict and (key.startswith(("class_embed.", "head."))
                                      or ".self_attn." in key or ".token_mixer." in key)
         (report if by_design or may_differ else faults).append(line)
     if faults:
-        raise ValueError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
-                         f"file of another model, mixer or number of classes?\n"
-                         + "\n".join(faults[:20])
-                         + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
+        more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
+                        f"file of another model, mixer or number of classes?\n"
+                        + "\n".join(faults[:20]) + more)
     taken = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     target.load_state_dict({**own, **taken})
     return report
 
 
+def expected_differences(target, model):
+    """Prefixes of the names that a file may hold beyond `target`, and that it may lack, tuples:
+    those of a classifier where the target gives maps."""
+    if target is model and not getattr(model.cfg, "out_stages", ""):
+        return (), ()
+    ignored = ["fc.", "norm.", "head."]
+    if isinstance(target, MetaFormer) and len(target.stages) < 4:
+        ignored.append("pos_embed")
+        for k in range(len(target.stages), 4):
+            ignored += [f"stages.{k}.", f"downsample_layers.{k}."]
+    return tuple(ignored), ("norm0.", "norm2.", "norm4.", "norm6.")
+
+
 def published_url(name):
-    """Where ImageNet weights of a ResNet or MetaFormer are published; "" if they are not."""
+    """Where ImageNet weights of a backbone are published; "" if they are not."""
     if name in RESNETS:
         return RESNETS[name][3] and f"https://download.pytorch.org/models/{RESNETS[name][3]}"
+    if name not in METAFORMERS or name == "metaformer_tiny":
+        return ""
     family, _, ablation = name.partition("_s12_")
     if METAFORMERS[name].family == "baselines":
         family = name.split("_")[0]
         return f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth"
-    if name == "metaformer_tiny":
-        return ""
     file = {"identity": "metaformer_id_s12", "pppa": "metaformer_pppa_s12_224",
             "ppaa": "metaformer_ppaa_s12_224", "pppf": "metaformer_pppf_s12_224",
             "ppff": "metaformer_ppff_s12_224", "": name}.get(ablation)
@@ -172,14 +198,14 @@ def published_url(name):
 def load_backbone(model, weights):
     """ImageNet weights for the backbone: "imagenet" fetches the published file, else a path or URL.
 
-    Returns load_weights' report; raises ValueError if the file cannot be had.
+    Returns load_weights' report; raises UserError if the file cannot be had.
     """
     if weights != "imagenet":
         return load_weights(model, weights)
     url = published_url(model.cfg.backbone)
     if not url:
-        raise ValueError(f"no ImageNet weights are published for {model.cfg.backbone}: use "
-                         f"--backbone_weights none")
+        raise UserError(f"no ImageNet weights are published for {model.cfg.backbone}: use "
+                        f"--backbone_weights none")
     file, folder = os.path.basename(url), os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         if not os.path.exists(os.path.join(folder, file)):
@@ -187,74 +213,176 @@ def load_backbone(model, weights):
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:                        # URLError is an OSError
-        raise ValueError(f"the published {file} cannot be fetched ({error}): put it into {folder}, "
-                         f"or give --backbone_weights FILE, or none to train from "
-                         f"scratch") from None
+        raise UserError(f"the published {file} cannot be fetched ({error}): put it into {folder}, "
+                        f"or give --backbone_weights FILE, or none to train from "
+                        f"scratch") from None
     return load_weights(model, state)
 
 
-# -- checkpoints ---------------------------------------------------------------------------------
+def first_weights(model, cfg, state, classes):
+    """Gives the model the weights to start from: of a checkpoint's state, --finetune or
+    --backbone_weights. Returns lines for the banner."""
+    if state:
+        if state["classes"] != classes:
+            raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
+                            f"the data {classes[:20]}; --finetune starts with another head")
+        load_weights(model, state)
+        return []
+    if cfg.finetune:
+        source = read_checkpoint(cfg.finetune)
+        if isinstance(source, dict) and source.get("classes", classes) != classes:
+            source["model"] = {k: v for k, v in source["model"].items()
+                               if "class_embed" not in k and not k.startswith("head.")}
+        report = load_weights(model, source, strict=False)
+        first = f"weights  {cfg.finetune}"
+    elif cfg.backbone_weights != "none":
+        report = load_backbone(model, cfg.backbone_weights)
+        first = f"weights  of the backbone: {cfg.backbone_weights}"
+    else:
+        return []
+    return [first, *(f"         {line}" for line in report or ["all taken"])]
+
+
+# -- runs ----------------------------------------------------------------------------------------
 
 # options that may change from one start to the next without changing what is computed
-FREE = {"resume", "output_dir", "num_workers", "log_every", "save_minutes", "device"}
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "num_workers", "log_every", "save_minutes",
+                        "device"}
+DATA_PATHS = "data", "train_json", "train_images", "val_json", "val_images"
+CONFIGS = "model_config", "loss_config", "train_config"
+# names in checkpoints of before: by the dict that holds them
+RENAMED = {"model_config": {"token_dim": "tokens_mlp_dim", "maps": "out_stages"},
+           "state": {"best_ap": "best_score"}}
 
 
 def check_output_dir(out, model):
-    """Raises OSError before training if the folder cannot hold what the run is to write there."""
+    """Raises UserFileError before training if the folder cannot hold the files of a run."""
     try:
         os.makedirs(out, exist_ok=True)
-        with open(out + "ckpt.pt.tmp", "wb"):
-            os.remove(out + "ckpt.pt.tmp")
+        probe = os.path.join(out, "ckpt.pt.tmp")
+        with open(probe, "wb"):
+            os.remove(probe)
     except OSError as error:
-        raise OSError(f"--output_dir {out} cannot be written ({error}): give another") from None
+        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                            f"another") from None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
-    there = [out + name for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
-    room = shutil.disk_usage(out).free + sum(os.path.getsize(f) for f in there if os.path.exists(f))
+    ours = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
+    room = shutil.disk_usage(out).free + sum(os.path.getsize(f) for f in ours if os.path.exists(f))
     if room < 4 * size:                            # those three, and the next one being written
-        raise OSError(f"{out} has room for {room / 1e6:.0f} MB, the checkpoints need "
-                      f"{4 * size / 1e6:.0f} MB: make room, or give another --output_dir")
+        raise UserFileError(f"{out} has room for {room / 1e6:.0f} MB, the checkpoints need "
+                            f"{4 * size / 1e6:.0f} MB: make room, or give another --output_dir")
 
 
 def save_checkpoint(path, state, keep_previous=True):
-    """Written whole or not at all; the file before it stays as *_prev.pt if asked for.
+    """Writes a file whole or not at all; the one before it stays as *_prev.pt if asked for.
 
-    Raises OSError, with what was there before intact.
+    Raises UserFileError, an OSError, with the file before it intact.
     """
     try:
         with open(path + ".tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())                # before a name leads to it
+            os.fsync(file.fileno())                # on disk before the rename makes it visible
         if keep_previous and os.path.exists(path):
-            shutil.copyfile(path, path + ".tmp2")
-            os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")  # `path` is always there
+            shutil.copyfile(path, path + ".tmp2")  # a copy first, so that `path` never disappears
+            os.replace(path + ".tmp2", path[:-len(".pt")] + "_prev.pt")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:       # torch's writer raises RuntimeError
         for name in (path + ".tmp", path + ".tmp2"):
             if os.path.exists(name):
                 os.remove(name)
         free = shutil.disk_usage(os.path.dirname(path) or ".").free
-        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}; {free / 1e6:.0f} "
-                      f"MB free): the file before it is intact, make room and give the same "
-                      f"command again") from None
+        raise UserFileError(f"{path} cannot be written ({str(error).splitlines()[0]}; "
+                            f"{free / 1e6:.0f} MB free): the file before it is intact, make room "
+                            f"and give the same command again") from None
 
 
-def read_run(path):
-    """The state of a checkpoint of train.py. Raises ValueError for anything else."""
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
-        raise ValueError(f"{path} is no checkpoint of train.py to go on from; to start from other "
-                         f"weights use --finetune")
+def config_dicts(model_cfg, loss_cfg, cfg):
+    return dict(zip(CONFIGS, map(asdict, (model_cfg, loss_cfg, cfg))))
+
+
+def save_run(run, name="ckpt.pt", keep_previous=False):
+    """Writes a checkpoint of the run, on rank 0. keep_previous: the one before stays, too, unless
+    it is damaged."""
+    if run.rank == 0:
+        dataset, cfg = run.train_loader.dataset, run.cfg
+        paths = {key: os.path.abspath(getattr(cfg, key)) for key in DATA_PATHS if getattr(cfg, key)}
+        state = dict(
+            format=2, **config_dicts(run.model_cfg, run.loss_cfg, cfg), paths=paths,
+            classes=dataset.classes, category_ids=getattr(dataset, "category_ids", None),
+            epoch=run.epoch, step=run.step, sums=run.epoch_sums, best_score=run.best_score,
+            model=run.raw_model.state_dict(), optimizer=run.optimizer.state_dict())
+        save_checkpoint(os.path.join(cfg.output_dir, name), state,
+                        keep_previous and not run.damaged)
+    run.damaged, run.saved = False, time.time()
+
+
+def upgraded(state):
+    """A checkpoint's dict in the names and units of today's format."""
+    state = {RENAMED["state"].get(k, k): v for k, v in state.items()}
+    if isinstance(state.get("model_config"), dict):
+        state["model_config"] = {RENAMED["model_config"].get(k, k): v
+                                 for k, v in state["model_config"].items()}
+    if state.get("format") == 1 and state.get("sums"):              # were means over processes
+        state["sums"] = {**state["sums"], "processes": state["step"]}
     return state
 
 
-def find_resume(cfg, configs):
-    """The state to go on from, or None.
+def read_run(path, state=None):
+    """The state of a checkpoint of train.py, read already or not. Raises UserError for anything
+    else, also for one of a newer version."""
+    state = read_checkpoint(path) if state is None else state
+    if not isinstance(state, dict) or "optimizer" not in state or "model_config" not in state:
+        raise UserError(f"{path} is no checkpoint of train.py to continue; to start from other "
+                        f"weights use --finetune")
+    state = upgraded(state)
+    wanted = dict(format=int, model_config=dict, loss_config=dict, train_config=dict, classes=list,
+                  epoch=int, step=int, sums=dict, best_score=(int, float), model=dict,
+                  optimizer=dict)
+    wrong = [name for name, type_ in wanted.items() if not isinstance(state.get(name), type_)]
+    if wrong or state["format"] > 2:
+        raise UserError(f"{path} is a checkpoint of another version: format "
+                        f"{state.get('format')!r} (1 and 2 are known)"
+                        + (f", without a sound {', '.join(wrong)}" if wrong else ""))
+    return state
 
-    It is that of --output_dir if its options are these, else that of --resume, whose options may
-    differ ("changed" lists them). A "damaged" or lost checkpoint in --output_dir gives way to the
-    one before it. Raises ValueError rather than write over another run.
+
+def check_known(path, config, kind):
+    """Raises UserError if the config of a checkpoint, a dict, has options that its class `kind`
+    does not know: what they change would be lost."""
+    unknown = sorted(map(str, set(config) - {f.name for f in fields(kind)}))
+    if unknown:
+        raise UserError(f"{path} has options that this code does not know: {', '.join(unknown)}; "
+                        f"use the version that wrote it")
+
+
+def located_data(state):
+    """The options a checkpoint was trained with; relative paths that are not there from here are
+    replaced by the absolute ones of the training."""
+    options, absolute = dict(state["train_config"]), state.get("paths", {})
+    for name in DATA_PATHS:
+        if options.get(name) and not os.path.exists(options[name]):
+            options[name] = absolute.get(name, options[name])
+    return options
+
+
+def check_located(options, checkpoint):
+    """Raises UserFileError for a data path of a checkpoint's options that is not there."""
+    for name in DATA_PATHS:
+        if options.get(name) and not os.path.exists(options[name]):
+            raise UserFileError(f"{options[name]} not found: the checkpoint {checkpoint} was trained "
+                                f"with it as --{name}; give --data DIR, or --val_json and "
+                                f"--val_images")
+
+
+def find_resume(cfg, model_cfg, loss_cfg):
+    """The state to continue from, or None.
+
+    If --output_dir holds a checkpoint it is used, and its options must equal the ones given.
+    Otherwise --resume is used; its options may differ. If ckpt.pt is "damaged" or missing,
+    ckpt_prev.pt takes its place. "notes" lists both. Raises UserError rather than write over
+    another run.
     """
     path, previous = (os.path.join(cfg.output_dir, f) for f in ("ckpt.pt", "ckpt_prev.pt"))
     own, notes = os.path.exists(path) or os.path.exists(previous), []
@@ -263,43 +391,51 @@ def find_resume(cfg, configs):
     asked = cfg.resume and os.path.realpath(cfg.resume)
     if own and asked and os.path.realpath(path) != asked and (
             os.path.dirname(asked) == os.path.realpath(cfg.output_dir)):
-        raise ValueError(f"--resume {cfg.resume} would write over the run in {path}: give "
-                         f"another --output_dir to go on from it there")
+        raise UserError(f"--resume {cfg.resume} would write over the run in {path}: give another "
+                        f"--output_dir to continue it there")
     try:
         state = read_run(path if own else cfg.resume)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         if not own:
             raise
         if not os.path.exists(previous):
-            raise ValueError(f"{error}, and there is no {previous}: remove it to start anew, or "
-                             f"give another --output_dir") from None
-        state, notes = read_run(previous), [f"{error}: going on from {previous}"]
-    changed = [f"--{k} {state[name].get(k)!r} -> {v!r}" for name, config in configs.items()
-               for k, v in config.items() if k not in FREE and state[name].get(k, v) != v]
+            raise UserError(f"{error}, and there is no {previous}: remove it to start anew, or "
+                            f"give another --output_dir") from None
+        state, notes = read_run(previous), [f"{error}: continuing from {previous}"]
+
+    now = config_dicts(model_cfg, loss_cfg, cfg)
+    for name, kind in zip(CONFIGS, (model_cfg, loss_cfg, cfg)):
+        check_known(path if own else cfg.resume, state[name], kind)
+    changed = {k: f"--{k} {state[name][k]!r} -> {v!r}" for name in CONFIGS
+               for k, v in now[name].items()
+               if k not in MAY_CHANGE_ON_RESUME and state[name].get(k, v) != v
+               and state.get("paths", {}).get(k) != os.path.abspath(str(v))}
     if changed and own and os.path.realpath(path) != asked:
-        raise ValueError(f"{path} was trained with other options ({', '.join(changed)}): give "
-                         f"another --output_dir for a new run, or --resume {path} to go on with "
-                         f"the new options")
-    if any(c[2:].split()[0] in state["model_config"] for c in changed):
-        raise ValueError(f"--resume {cfg.resume} is of another model ({', '.join(changed)}); "
-                         f"--finetune takes over what fits")
-    return {**state, "changed": notes + changed, "damaged": bool(notes)}
+        raise UserError(f"{path} was trained with other options ({', '.join(changed.values())}): "
+                        f"give another --output_dir for a new run, or --resume {path} to continue "
+                        f"with the new options")
+    if any(name in state["model_config"] for name in changed):
+        raise UserError(f"--resume {cfg.resume} is of another model "
+                        f"({', '.join(changed.values())}); --finetune takes over what fits")
+    return {**state, "notes": notes + list(changed.values()), "damaged": bool(notes)}
 
 
-def cut_log(path, epoch, step):
-    """A log goes on where the checkpoint does: drops records of steps that will be done again, and
-    a line that was cut off."""
-    if not os.path.exists(path):
+def truncate_logs(out, epoch, step, resumed):
+    """Drops from the logs the records of steps that will be done again, and a line that was cut
+    off. A run killed before its first checkpoint leaves a steps.txt but no log.txt."""
+    paths = [os.path.join(out, name) for name in ("log.txt", "steps.txt")]
+    if not resumed and os.path.exists(paths[0]):
         return
-    kept = []
-    with open(path) as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue
-    with open(path + ".tmp", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
+    for path in filter(os.path.exists, paths):
+        kept = []
+        with open(path) as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                    if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError):
+                    continue
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)

@@ -1,4 +1,4 @@
-"""All that only classifiers need: their augmentation, data sets, loss and accuracy.
+"""The parts of a run that only classifiers need: augmentation, data sets, loss and accuracy.
 
     dataset = ImageFolder("imagenet", "val")               # imagenet/val/<class>/*.jpg
     losses = classification_loss(logits, labels)
@@ -17,21 +17,20 @@ from PIL import Image, ImageEnhance, ImageOps
 import torch
 import torch.nn.functional as F
 
+from coco_eval import UserError, UserFileError
+from options import check_options
 from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
                     read_image, resized)
 from check_data import is_text, show
 
 
-# -- augmentation of classifiers -----------------------------------------------------------------
-
-RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC              # drawn at random
-
+# -- augmentation --------------------------------------------------------------------------------
 
 def center_crop(image, size, crop_fraction):
-    """The evaluation transform: a PIL image, size x size pixels.
+    """The evaluation transform: a PIL image of size x size pixels.
 
-    The shorter side is resized to size / crop_fraction, rounded down, bicubic; the middle is cut
-    out. The fraction is part of a model's recipe: 0.9 for PoolFormer-S, 0.95 for M, else mostly 1.
+    Resizes the shorter side to size / crop_fraction, rounded down, bicubic, and cuts out the
+    middle. crop_fraction belongs to a model's recipe: 0.9 for PoolFormer-S, 0.95 for M.
     """
     h, w = resized(image.height, image.width, math.floor(size / crop_fraction))
     if (w, h) != image.size:
@@ -41,9 +40,10 @@ def center_crop(image, size, crop_fraction):
 
 
 def random_region(h, w, rng, share, ratio):
-    """(top, left, height, width) of a random part of h x w pixels, or None if ten tries do not fit.
+    """(top, left, height, width) of a random part of h x w pixels, None if ten tries do not fit.
 
-    share: range of its share of the area; ratio: of width / height, even in the logarithm.
+    share: (least, largest) share of the area; ratio: (least, largest) width / height, drawn
+    uniformly in the logarithm.
     """
     for _ in range(10):
         area = rng.uniform(*share) * h * w
@@ -55,26 +55,28 @@ def random_region(h, w, rng, share, ratio):
 
 
 def crop_region(h, w, rng):
-    """(top, left, height, width) of the part of an image h x w to train on: 8 to 100 % of the area,
-    width / height 3/4 to 4/3; where that does not fit, the largest such part of the middle.
-    Source: Going deeper with convolutions, arXiv:1409.4842, Sec. 6.
+    """(top, left, height, width) of the part of an image h x w to train on.
+
+    It has 8 to 100 % of the area and a width / height of 3/4 to 4/3; where no try fits, it is the
+    largest such part of the middle. Source: arXiv:1409.4842, Sec. 6.
     """
     ch, cw = min(h, max(1, round(w / (3 / 4)))), min(w, max(1, round(h * (4 / 3))))
     middle = (h - ch) // 2, (w - cw) // 2, ch, cw
     return random_region(h, w, rng, (0.08, 1), (3 / 4, 4 / 3)) or middle
 
 
-FILL = tuple(map(round, PIXEL_MEAN))               # what comes in from outside the image
+RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC     # one of them at random
+FILL = tuple(map(round, PIXEL_MEAN))               # colour of pixels from beyond the image's border
 
 
 def affine(image, matrix, how):
-    """The image moved by the 2 x 3 matrix that leads from new to old pixels."""
+    """The image moved by a 2 x 3 matrix from new to old pixel coordinates; `how`: resampling."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=FILL)
 
 
-# What can be done to an image at strength v in [-1, 1]; `how` is the resampling. The larger |v|,
-# the stronger, as in timm's "increasing" variant, whose ranges these are; only that one bit is left
-# at full strength, where timm leaves none and the image is black.
+# Operations on an image at strength v in [-1, 1]; `how` is the resampling. A larger abs(v) is
+# stronger, with the ranges of timm's "increasing" variant. One exception: at full strength
+# posterize keeps one bit, where timm keeps none and returns a black image.
 RAND_AUGMENT = {
     "autocontrast": lambda im, v, how: ImageOps.autocontrast(im),
     "equalize": lambda im, v, how: ImageOps.equalize(im),
@@ -95,10 +97,10 @@ RAND_AUGMENT = {
 
 
 def rand_augment(image, rng):
-    """Two operations of RAND_AUGMENT on a PIL image, each left out with 1/2.
+    """The PIL image after two random operations of RAND_AUGMENT, each skipped with 1/2.
 
-    Strength and sign are drawn anew for each: normal around 0.9 with deviation 0.05, at most 1.
-    Source: RandAugment, arXiv:1909.13719, Sec. 3, as timm does it under rand-m9-mstd0.5-inc1.
+    Each draws a strength, normal around 0.9 with deviation 0.05 and at most 1, and its sign.
+    Source: RandAugment, arXiv:1909.13719, Sec. 3, with timm's settings rand-m9-mstd0.5-inc1.
     """
     for name in rng.choices(list(RAND_AUGMENT), k=2):
         if rng.random() < 0.5:
@@ -108,10 +110,10 @@ def rand_augment(image, rng):
 
 
 def random_erase(pixels, rng, probability=0.25):
-    """Overwrite a random rectangle of `pixels` uint8 (H, W, 3), in place, with noise.
+    """Overwrites a random rectangle of `pixels` uint8 (IH, IW, 3), in place, with noise.
 
-    It takes 2 to 33 % of the area. The noise is timm's mode "pixel", standard normal after
-    normalisation, brought back to pixel values, where 3 % of it is clipped.
+    The rectangle has 2 to 33 % of the area. The noise is timm's mode "pixel": standard normal
+    after normalisation, here in pixel values, where 3 % of it is clipped.
     Source: Random Erasing, arXiv:1708.04896, Algorithm 1.
     """
     if rng.random() >= probability:
@@ -123,8 +125,8 @@ def random_erase(pixels, rng, probability=0.25):
         pixels[top:top + h, left:left + w] = np.rint(noise).clip(0, 255)
 
 
-def augment_classes(image, size, rng):
-    """The training augmentation of the PoolFormer paper: PIL image to uint8 (size, size, 3).
+def augment_for_classification(image, size, rng):
+    """The training augmentation of PoolFormer: a PIL image to uint8 (size, size, 3).
 
     Random part, flip with 1/2, RandAugment, erasing, all drawn from `rng` (random.Random).
     Source: the training script of PoolFormer, arXiv:2111.11418, Sec. 4.1.
@@ -138,42 +140,43 @@ def augment_classes(image, size, rng):
     return pixels
 
 
-def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
-    """Mixup or CutMix of neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
+def mixup_or_cutmix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
+    """Mixes the neighbours in a batch, images 0 and 1, 2 and 3, ...: (images, targets).
 
-    images uint8 (B, 3, H, W), labels (B,) int64, on any device; rng: random.Random, which draws one
-    share for the whole batch; mixup, cutmix: parameters of the beta distributions, 0 leaves that
-    one out. Returns images uint8 and targets float32 (B, K), rows with sum 1. With an rng seeded by
-    the step alone, a step is mixed the same however it is split over processes and parts. Raises
-    ValueError for an odd number of images.
-    Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix, arXiv:1905.04899, Sec. 3.1; one or the other
-    with 1/2, as in timm.
+    images uint8 (B, 3, IH, IW), labels (B,) int64, on any device; rng: random.Random, which draws
+    mixup or CutMix, each with 1/2, and one lam for the whole batch; mixup, cutmix: parameters of
+    their beta distributions, 0: never that one. Returns images uint8 and targets float32 (B, K),
+    rows with sum 1. An rng seeded by the step alone mixes a step the same however it is split over
+    processes and micro-batches. Raises UserError for an odd number of images.
+    Sources: mixup, arXiv:1710.09412, Sec. 2; CutMix, arXiv:1905.04899, Sec. 3.1.
     """
     targets = F.one_hot(labels, num_classes).float()
     if not mixup and not cutmix:
         return images, targets
     if len(images) % 2:
-        raise ValueError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
-                         f"one part of a step: make --batch_size / (processes x --accumulate) "
-                         f"even, or give --mixup 0 --cutmix 0")
+        raise UserError(f"mixup and CutMix mix pairs, but a process has {len(images)} images in "
+                        f"one part of a step: make --batch_size / (processes x --accumulate) "
+                        f"even, or give --mixup 0 --cutmix 0")
 
     def neighbours(x):
         return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    # lam: how much of a mixed image is the image itself
     cut = cutmix and (not mixup or rng.random() < 0.5)
     alpha = cutmix if cut else mixup
-    share = rng.betavariate(alpha, alpha)                            # of the image itself
+    lam = rng.betavariate(alpha, alpha)
     if cut:
+        # a box of the neighbour, 1 - lam of the area before the border cuts it off
         H, W = images.shape[-2:]
-        side = math.sqrt(1 - share) / 2
-        (top, bottom), (left, right) = (
-            (max(0, center - int(n * side)), min(n, center + int(n * side)))
-            for n, center in ((H, rng.randrange(H)), (W, rng.randrange(W))))
-        share = 1 - (bottom - top) * (right - left) / (H * W)        # the border cuts boxes down
+        half, row, col = math.sqrt(1 - lam) / 2, rng.randrange(H), rng.randrange(W)
+        top, bottom = max(0, row - int(H * half)), min(H, row + int(H * half))
+        left, right = max(0, col - int(W * half)), min(W, col + int(W * half))
+        lam = 1 - (bottom - top) * (right - left) / (H * W)
         other, images = neighbours(images), images.clone()
         images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
     else:
-        images = torch.lerp(neighbours(images).float(), images.float(), share).round().byte()
-    return images, torch.lerp(neighbours(targets), targets, share)
+        images = torch.lerp(neighbours(images).float(), images.float(), lam).round().byte()
+    return images, torch.lerp(neighbours(targets), targets, lam)
 
 
 # -- data sets -----------------------------------------------------------------------------------
@@ -181,8 +184,8 @@ def mix(images, labels, num_classes, rng, mixup=0.8, cutmix=1.0):
 class ClassificationDataset(torch.utils.data.Dataset):
     """Images of one class each, all of image_size x image_size pixels.
 
-    A subclass fills classes (K names), labels (N,) int64, image_ids (N,), and says how image i is
-    read. augment: augment_classes, else center_crop.
+    A subclass fills classes (K names), labels int64 and image_ids (one of each per image), and has
+    a method read(i), the PIL image in RGB. augment: augment_for_classification, else center_crop.
     """
 
     def __init__(self, image_size, crop_fraction, augment, seed):
@@ -197,25 +200,25 @@ class ClassificationDataset(torch.utils.data.Dataset):
         return self.image_size, self.image_size
 
     def __getitem__(self, key):
-        """Image uint8 (3, S, S) and target; key is an index or (epoch, index)."""
+        """Image uint8 (3, image_size, image_size) and target; key: an index or (epoch, index)."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
         image = self.read(i)
         if self.augment:
             rng = random.Random(f"{self.seed} {epoch} {i}")
-            pixels = augment_classes(image, self.image_size, rng)
+            pixels = augment_for_classification(image, self.image_size, rng)
         else:
             pixels = np.array(center_crop(image, self.image_size, self.crop_fraction))
         target = {"labels": torch.tensor(self.labels[i:i + 1]), "index": i}
         return torch.from_numpy(pixels).permute(2, 0, 1), target
 
-    def keep(self, n, repeat=1):
-        """Keep only n images, of every class in turn, each of them `repeat` times."""
+    def keep(self, n):
+        """Keeps only n images, of every class in turn, and returns the data set."""
         if len(self) < n:
-            raise ValueError(f"--overfit {n}: there are only {len(self)} images")
-        order = np.argsort(self.labels, kind="stable")               # by class
-        labels = self.labels[order]
-        turn = np.arange(len(self)) - np.searchsorted(labels, labels)            # within its class
-        rows = np.tile(order[np.argsort(turn, kind="stable")][:n], repeat)
+            raise UserError(f"--overfit {n}: there are only {len(self)} images")
+        by_class = np.argsort(self.labels, kind="stable")
+        labels = self.labels[by_class]
+        turn = np.arange(len(self)) - np.searchsorted(labels, labels)    # 0 = first of its class
+        rows = by_class[np.argsort(turn, kind="stable")][:n]
         self.labels, self.image_ids = self.labels[rows], self.image_ids[rows]
         return self
 
@@ -223,10 +226,10 @@ class ClassificationDataset(torch.utils.data.Dataset):
 class ImageFolder(ClassificationDataset):
     """The images in root/split/<class>/ and in folders below it.
 
-    classes: names in the order wanted for the labels (those of the training set or of a
-    checkpoint), None: the names of the folders, sorted. Raises FileNotFoundError, and ValueError
-    for a folder without class folders, with one class only, with other classes than given, or,
-    where none are given, with an empty one. image_ids are paths below root/split, as bytes.
+    classes: names in the order of the labels (those of the training set or of a checkpoint), None:
+    the sorted names of the folders. image_ids are paths below root/split, as bytes. Raises
+    UserFileError, and UserError for a folder without class folders, with only one, with other
+    classes than given, or, where none are given, with a class without images.
     """
 
     def __init__(self, root, split, image_size=224, crop_fraction=0.9, augment=False, seed=42,
@@ -234,55 +237,63 @@ class ImageFolder(ClassificationDataset):
         super().__init__(image_size, crop_fraction, augment, seed)
         self.folder = os.path.join(root, split)
         if not os.path.isdir(self.folder):
-            raise FileNotFoundError(f"{self.folder} not found: {root} should hold the images as "
-                                    f"train/<class>/*.jpg and val/<class>/*.jpg")
-        found = [name for name in sorted(os.listdir(self.folder))
+            raise UserFileError(f"{self.folder} not found: {root} should hold the images as "
+                                f"train/<class>/*.jpg and val/<class>/*.jpg")
+        entries = sorted(os.listdir(self.folder))
+        found = [name for name in entries
                  if name[0] != "." and os.path.isdir(os.path.join(self.folder, name))]
         self._check_classes(found, classes)
         self.classes = found if classes is None else list(classes)
-        files, others = zip(*map(self._find_images, self.classes))
-        empty = [name for name, paths in zip(self.classes, files) if not paths]
-        if len(empty) == len(files) or empty and classes is None:
-            raise ValueError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
-                             f"names should end in {' '.join(IMAGE_SUFFIXES)}")
-        self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
-        self.image_ids = np.array([os.fsencode(path) for paths in files for path in paths])
-        others = sum(others) + len(os.listdir(self.folder)) - len(found)
+
+        # the images of each class; `others` counts what is not one of them
+        paths, labels, empty, others = [], [], [], len(entries) - len(found)
+        for label, name in enumerate(self.classes):
+            images, unread = self._find_images(name)
+            paths += images
+            labels += [label] * len(images)
+            others += unread
+            if not images:
+                empty.append(name)
+        if not paths or empty and classes is None:
+            raise UserError(f"{self.folder}: no images in the class folder(s) {empty[:20]}; their "
+                            f"names should end in {' '.join(IMAGE_SUFFIXES)}")
+        self.labels, self.image_ids = np.array(labels), np.array([os.fsencode(p) for p in paths])
         if empty:
             self.notes.append(f"note     {self.folder} has no images of {empty[:20]}")
         if others:
             self.notes.append(f"note     {self.folder}: {others} hidden files or other things that "
-                              f"are no images in a class folder, not read")
+                              f"are not images in a class folder are not read")
 
     def _check_classes(self, found, classes):
-        """Raises ValueError unless the class folders `found` are `classes`, or two where None."""
-        layout = f"the images of a class belong into {os.path.join(self.folder, '<class>')}/"
+        """Raises UserError unless the folders `found` are those of `classes`; None: two or more."""
+        layout = f"the images of a class belong in {os.path.join(self.folder, '<class>')}/"
         if not found:
-            raise ValueError(f"{self.folder} has no class folders: {layout}; in a flat folder, as "
-                             f"ImageNet's validation images come, nothing says what they show")
+            raise UserError(f"{self.folder} has no class folders: {layout}; a flat folder, such as "
+                            f"ImageNet's of validation images, does not tell their classes")
         odd = [show(name) for name in found if not is_text(name)]
         if odd:
-            raise ValueError(f"{self.folder}: class folders {', '.join(odd[:20])} are not named by "
-                             f"one line of text in UTF-8, rename them")
+            raise UserError(f"{self.folder}: the names of the class folders {', '.join(odd[:20])} "
+                            f"are not one line of text in UTF-8, rename them")
         if classes is None and len(found) < 2:
-            raise ValueError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
-                             f"a classifier needs two classes or more")
+            raise UserError(f"{self.folder} has one class folder only, {found[0]}: {layout}, and "
+                            f"a classifier needs two classes or more")
         known = found if classes is None else classes
         missing, extra = sorted(set(known) - set(found)), sorted(set(found) - set(known))
         if missing or extra:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has other classes than the training set or the checkpoint: "
                 f"{len(missing)} missing {missing[:20]}, {len(extra)} unknown {extra[:20]}; "
                 f"{layout}, which may be empty")
 
     def _find_images(self, name):
         """Sorted paths of the images of one class, and the number of other files there."""
-        def unreadable(error):
+        def unreadable(error):                                       # os.walk would skip the folder
             raise error
+
         paths, others = [], 0
         for place, folders, names in os.walk(os.path.join(self.folder, name), followlinks=True,
                                              onerror=unreadable):
-            folders[:] = [f for f in folders if f[0] != "."]         # the rest is not walked
+            folders[:] = [f for f in folders if f[0] != "."]         # os.walk goes on into these
             images = [n for n in names if n[0] != "." and n.lower().endswith(IMAGE_SUFFIXES)]
             paths += [os.path.relpath(os.path.join(place, n), self.folder) for n in images]
             others += len(names) - len(images)
@@ -292,16 +303,15 @@ class ImageFolder(ClassificationDataset):
         return os.path.join(self.folder, os.fsdecode(self.image_ids[i]))
 
     def read(self, i):
-        """Image i as an RGB PIL image."""
         return read_image(self.path(i))
 
 
 class ShapesClassification(ClassificationDataset):
     """Generated images of one shape, filled or in outline: six classes, nothing to download.
 
-    split: "train" or "val", which differ in every image; n: how many images; image_size: their
-    side. The shape is bright, 1/3 to 4/5 of the side, on dark ground as that of ShapesDataset.
-    Image i is a pure function of (split, i, image_size); it is drawn when it is asked for.
+    split: "train" or "val", which have different images; n: their number; image_size: their side.
+    The bright shape is 1/3 to 4/5 of the side wide and high; the dark ground has a pattern of
+    ShapesDataset. Image i is a pure function of (split, i, image_size), drawn by read(i).
     """
 
     def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42):
@@ -313,87 +323,112 @@ class ShapesClassification(ClassificationDataset):
         self.labels = self.image_ids % 6
 
     def read(self, i):
-        """Image i as an RGB PIL image."""
         label, side = int(self.labels[i]), self.image_size
         rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
+
+        # dark ground, a bright colour, a box
         ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
         color = tuple(rng.randint(160, 255) for _ in range(3))
         w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
         box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
+
         image = draw_ground(rng, ground, side)
         paint = dict(fill=color) if label < 3 else dict(outline=color, width=max(1, side // 32))
         draw_shape(image, rng, label % 3, box, **paint)
         return image
 
 
+# -- loss ----------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class ClassLossConfig:
-    """What is done to the targets of a classifier; the defaults are PoolFormer's recipe."""
-    smoothing: Annotated[float, "share of a target that is spread evenly over the classes"] = 0.1
-    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none"] = 0.8
-    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none"] = 1.0
+    """Options of a classifier's targets; the defaults are PoolFormer's recipe."""
+    smoothing: Annotated[float, "share of a target spread evenly over the classes", 0] = 0.1
+    mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none", 0] = 0.8
+    cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none", 0] = 1.0
 
     def __post_init__(self):
-        for field in ("smoothing", "mixup", "cutmix"):
-            if not 0 <= getattr(self, field) < (1 if field == "smoothing" else float("inf")):
-                raise ValueError(f"--{field} {getattr(self, field)} must be 0 or more, --smoothing "
-                                 f"below 1")
+        check_options(self)
+        if self.smoothing >= 1:
+            raise UserError(f"--smoothing {self.smoothing} must be below 1")
 
 
-def classification_loss(logits, targets, smoothing=0.0, counts=None):
-    """The loss of a batch of a classifier: "loss", and "class_error" in percent, 0-dim tensors.
+def classification_loss(logits, targets, smoothing=0.0, normalizers=None):
+    """The cross-entropy of a batch: a dict of 0-dim tensors, "loss" and "class_error" in percent.
 
-    logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as mix() gives
-    them. smoothing: the share of every target that is spread evenly over all K classes. counts:
-    loss_counts of the whole step per rank, None: of this batch. class_error is the share of images
-    whose best class is not the target's largest. Computed in float32.
-    Source: label smoothing, arXiv:1512.00567, Sec. 7.
+    logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as
+    mixup_or_cutmix gives them, whose largest is the label. smoothing: the share of each target that
+    is spread evenly over all K classes (arXiv:1512.00567, Sec. 7). normalizers: loss_normalizers of
+    the whole step per process, None: of this batch. Computed in float32.
     """
-    images = len(logits) if counts is None else counts[2].item()
+    images = len(logits) if normalizers is None else normalizers[2].item()
     loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     wrong = (logits.argmax(1) != labels).float()
     return {"loss": loss / images, "class_error": 100 * wrong.mean()}
 
 
+def classification_losses(run, images, valid, targets, normalizers, global_step):
+    """The losses of a micro-batch, whose images are mixed by the run's seed and global_step."""
+    labels = torch.cat([t["labels"] for t in targets]).to(images.device)
+    rng = random.Random(f"{run.cfg.seed} {global_step}")
+    images, shares = mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng,
+                                     run.loss_cfg.mixup, run.loss_cfg.cutmix)
+    return classification_loss(run.model(images, valid), shares, run.loss_cfg.smoothing,
+                               normalizers)
+
+
+# -- accuracy ------------------------------------------------------------------------------------
+
 def class_rows(logits, targets, dataset):
-    """What a classifier takes the images of a batch for: float64 (n, 5) of image index, class,
-    probability, true class, and how many classes stand before the true one. Of equal ones the
-    first stands first. Raises ValueError if a logit is not finite."""
-    labels, index = torch.cat([t["labels"] for t in targets]), [t["index"] for t in targets]
-    logits, index = logits.float().cpu(), torch.tensor(index)
+    """Predictions for a batch, float64 (B, 5): image index, predicted class, its probability, true
+    class, rank of the true class (0 = top-1; ties by class index). Raises UserError if one of the
+    logits (B, K) is not finite."""
+    labels = torch.cat([t["labels"] for t in targets])
+    index = torch.tensor([t["index"] for t in targets])
+    logits = logits.float().cpu()
     bad = index[~logits.isfinite().all(1)].tolist()
     if bad:
-        raise ValueError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
-                         f"finite")
+        raise UserError(f"the logits of the image(s) {dataset.image_ids[bad].tolist()} are not "
+                        f"finite")
     order = logits.argsort(dim=1, descending=True, stable=True)                     # (B, K)
-    place = (order == labels[:, None]).int().argmax(1)
-    best = logits.softmax(1).gather(1, order[:, :1])[:, 0]
-    return torch.stack([index, order[:, 0], best.double(), labels, place], 1)
+    rank = (order == labels[:, None]).int().argmax(1)
+    probability = logits.softmax(1).gather(1, order[:, :1])[:, 0]
+    return torch.stack([index, order[:, 0], probability.double(), labels, rank], 1)
 
 
 def class_accuracy(rows, dataset):
-    """Accuracies of classify()'s rows, in [0, 1].
+    """Accuracies in [0, 1] from the class_rows of all images, a dict.
 
     "stats" (3,): top-1, top-5, and top-1 as the mean over the classes that have images;
-    "accuracy" (K,), nan without images; "images" (K,), how many; "rows" and "classes".
+    "accuracy" (K,): top-1 of each class, nan without images; "images" (K,): their number; "rows"
+    and "classes".
     """
-    label, place = rows[:, 3].long().numpy(), rows[:, 4].numpy()
+    label, rank = rows[:, 3].long().numpy(), rows[:, 4].numpy()
     images = np.bincount(label, minlength=len(dataset.classes))
-    hits = np.bincount(label, place == 0, len(images))
+    hits = np.bincount(label, rank == 0, len(images))
     accuracy = np.where(images > 0, hits / np.maximum(images, 1), np.nan)
-    stats = np.array([(place == 0).mean(), (place < 5).mean(), np.nanmean(accuracy)])
+    stats = np.array([(rank == 0).mean(), (rank < 5).mean(), np.nanmean(accuracy)])
     return dict(stats=stats, accuracy=accuracy, images=images, rows=rows, classes=dataset.classes)
 
 
 def accuracy_table(result):
-    """A classifier's accuracies, and those of the classes, the best first, as lines."""
+    """The accuracies of class_accuracy as text: all images, then the classes, the best first."""
     top1, top5, mean = result["stats"]
-    rows = sorted(zip(-result["accuracy"], result["classes"], result["images"].tolist()),
-                  key=lambda row: (not row[2], row))
-    width = max([5] + [len(name) for _, name, _ in rows])
+    rows = list(zip(-result["accuracy"], result["classes"], result["images"].tolist()))
+    width = max([5] + [len(name) for name in result["classes"]])
     lines = [f"top-1 {top1:.4f}   top-5 {top5:.4f}   mean over classes {mean:.4f}",
              "", f"{'class':{width}s}  top-1   images"]
-    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" if n else f"{name:{width}s}      -        0"
-              for x, name, n in rows]
+    best_first = sorted(row for row in rows if row[2])
+    lines += [f"{name:{width}s}  {-x:5.3f}  {n:7d}" for x, name, n in best_first]
+    lines += [f"{name:{width}s}      -        0" for _, name, n in rows if not n]
     return "\n".join(lines)
+
+
+def accuracy_json(result):
+    """The accuracies of class_accuracy for json.dump; null for a class without images."""
+    top1, top5, mean = result["stats"].tolist()
+    classes = zip(result["classes"], result["images"].tolist(), result["accuracy"].tolist())
+    return {"top1": top1, "top5": top5, "mean_over_classes": mean,
+            "per_class": [{"name": name, "images": n, "top1": accuracy if n else None}
+                          for name, n, accuracy in classes]}

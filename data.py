@@ -25,22 +25,9 @@ from PIL import Image
 import torch
 
 from images import draw_ground, draw_shape, ground_colors, read_image, resized
-from coco_eval import read_json
+from coco_eval import UserError, UserFileError, read_json
 from check_data import check_coco, without_faults
 from classification import ImageFolder, ShapesClassification
-
-# Names by original category id, as the officially released DETR files number their 91 outputs;
-# eleven of these ids were never used.
-COCO_CLASSES = (
-    ",person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
-    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
-    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,"
-    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
-    "couch,potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,"
-    "microwave,oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush").split(",")
-
 
 # -- boxes ---------------------------------------------------------------------------------------
 
@@ -56,7 +43,7 @@ def xyxy_to_cxcywh(boxes):
     return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], -1)
 
 
-def overlap(a, b):
+def iou_and_giou(a, b):
     """IoU and generalised IoU of boxes a and b, element by element, with broadcasting.
 
     a, b (..., 4) xyxy in the same unit, x2 >= x1 and y2 >= y1. Returns two tensors (...).
@@ -78,12 +65,12 @@ def overlap(a, b):
 
 def box_iou(a, b):
     """IoU of every box in a (..., N, 4) with every box in b (..., M, 4), xyxy: (..., N, M)."""
-    return overlap(a[..., :, None, :], b[..., None, :, :])[0]
+    return iou_and_giou(a[..., :, None, :], b[..., None, :, :])[0]
 
 
 def generalized_box_iou(a, b):
     """Generalised IoU in [-1, 1] of every box in a (..., N, 4) with every one in b (..., M, 4)."""
-    return overlap(a[..., :, None, :], b[..., None, :, :])[1]
+    return iou_and_giou(a[..., :, None, :], b[..., None, :, :])[1]
 
 
 # -- augmentation --------------------------------------------------------------------------------
@@ -207,13 +194,12 @@ class DetectionDataset(torch.utils.data.Dataset):
         return {"image": image, "category": self.labels, "box": self.boxes, "area": self.area,
                 "crowd": self.crowd}
 
-    def keep(self, n, repeat=1):
-        """Keep only the first n images that have objects, each of them `repeat` times."""
+    def keep(self, n):
+        """Keep only the first n images that have objects."""
         has = [i for i in range(len(self)) if len(self.objects(i)[0])][:n]
         if len(has) < n:
-            raise ValueError(f"--overfit {n}: only {len(has)} of the {len(self)} images have "
-                             f"objects")
-        has *= repeat
+            raise UserError(f"--overfit {n}: only {len(has)} of the {len(self)} images have "
+                            f"objects")
         rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in has]
         counts = [len(r) for r in rows]
         for name in ("image_ids", "sizes", "files"):
@@ -239,14 +225,14 @@ class CocoDataset(DetectionDataset):
         super().__init__(image_size, max_size, augment, seed)
         data = read_json(json_path, "a COCO instances file")
         if not os.path.isdir(image_dir):
-            raise FileNotFoundError(f"image folder {image_dir} not found: it should hold the "
-                                    f"images that {json_path} lists")
+            raise UserFileError(f"image folder {image_dir} not found: it should hold the "
+                                f"images that {json_path} lists")
         data, faults = without_faults(data, json_path, image_dir)
         if faults and not (data and sound_part):
             shown = len(faults) if sound_part else 20
             more = f"\n... and {len(faults) - shown} more" if len(faults) > shown else ""
-            raise ValueError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
-                             + "\n".join(faults[:shown]) + more)
+            raise UserError(f"{json_path} has {len(faults)} fault(s), mend the file:\n"
+                            + "\n".join(faults[:shown]) + more)
         self.faults, self.json_path, self.image_dir = faults, str(json_path), str(image_dir)
         index = self._read_categories(data["categories"], classes)
         images = sorted(data["images"], key=lambda r: r["id"])
@@ -263,8 +249,8 @@ class CocoDataset(DetectionDataset):
         self.missing = [name for name in self.classes if name and name not in ids]
         unknown = [name for name in ids if name not in self.classes]
         if unknown:
-            raise ValueError(f"{self.json_path} has categories that the model was not trained on: "
-                             f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
+            raise UserError(f"{self.json_path} has categories that the model was not trained on: "
+                            f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         return {ids[name]: self.classes.index(name) for name in ids}
 
@@ -434,21 +420,23 @@ class TrainSampler:
     are the same for any number of ranks. With group_by_shape they are alike in shape: windows of 32
     steps are sorted and cut, and the steps of a window shuffled; the largest step of all comes
     first, so that memory runs out early if it does (one rank's part of another step can be larger).
-    What is left at an epoch's end and fills no step is dropped, other images each epoch. set_epoch
-    says where to (re)start.
+    What is left at an epoch's end and fills no step is dropped, other images each epoch. With
+    --overfit `repeats` passes make an epoch; a step never holds an image twice, unless there are
+    fewer than batch_size. set_epoch says where to (re)start.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world=1, accumulate=1,
-                 group_by_shape=True):
+                 group_by_shape=True, repeats=1):
         if batch_size % (world * accumulate):
-            raise ValueError(f"--batch_size {batch_size} (images per step over all processes) is "
-                             f"not a multiple of {world} processes x --accumulate {accumulate}")
-        if len(dataset) < batch_size:
-            raise ValueError(f"the training set has {len(dataset)} images, fewer than --batch_size "
-                             f"{batch_size}: lower it to at most that")
+            raise UserError(f"--batch_size {batch_size} (images per step over all processes) is "
+                            f"not a multiple of {world} processes x --accumulate {accumulate}")
+        if len(dataset) < batch_size and repeats == 1:
+            raise UserError(f"the training set has {len(dataset)} images, fewer than --batch_size "
+                            f"{batch_size}: lower it to at most that")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.parts, self.accumulate = rank, world * accumulate, accumulate
-        self.group_by_shape, self.steps = group_by_shape, len(dataset) // batch_size
+        self.repeats, self.steps = repeats, repeats * max(1, len(dataset) // batch_size)
+        self.group_by_shape = group_by_shape and repeats == 1      # copies of an image are alike
         self.set_epoch(0)
 
     def set_epoch(self, epoch, first_step=0):
@@ -459,7 +447,9 @@ class TrainSampler:
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.dataset))[:self.steps * self.batch_size]
+        n, images = len(self.dataset), self.steps // self.repeats * self.batch_size
+        order = np.concatenate([np.resize(rng.permutation(n), images)
+                                for _ in range(self.repeats)])
         if self.group_by_shape:
             order = self._grouped(order, rng)
         for batch in order.reshape(self.steps, self.parts, -1)[self.first_step:]:
@@ -497,10 +487,48 @@ class EvalSampler:
         return iter(self.batches)
 
 
+# -- which data set ------------------------------------------------------------------------------
+
 def coco_paths(root, split):
     """Annotation file and image folder of the split, "train" or "val", in COCO's layout."""
     return (os.path.join(root, f"annotations/instances_{split}2017.json"),
             os.path.join(root, f"{split}2017"))
+
+
+def data_paths(cfg, split):
+    """Annotation file and image folder that the options name for the split."""
+    if not cfg.data:
+        return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
+    if not os.path.isdir(os.path.join(cfg.data, "annotations")):
+        raise UserFileError(
+            f"--data {cfg.data} should hold annotations/instances_train2017.json and "
+            f"instances_val2017.json, train2017/ and val2017/; for another layout give "
+            f"--train_json, --train_images, --val_json and --val_images; for class folders give "
+            f"a classifier, as --model poolformer_s12; no COCO at hand? leave --data out for the "
+            f"built-in shapes")
+    return coco_paths(cfg.data, split)
+
+
+def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
+    """The data set of a run's options: the one place that decides which it is.
+
+    cfg: a TrainConfig; split: "train" or "val", with --overfit both of the same N training images;
+    classes: their names in the order of the labels, None: the data set's own; crop_fraction: of a
+    classifier's centre crop.
+    """
+    augment = cfg.augment and split == "train"
+    source = "train" if cfg.overfit else split
+    if cfg.kind == "coco":
+        dataset = CocoDataset(*data_paths(cfg, source), cfg.image_size, cfg.max_size, augment,
+                              cfg.seed, classes)
+    elif cfg.kind == "image_folder":
+        dataset = ImageFolder(cfg.data, source, cfg.image_size, crop_fraction, augment, cfg.seed,
+                              classes)
+    else:
+        kind = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
+        n = cfg.train_shapes if source == "train" else cfg.val_shapes
+        dataset = kind(source, n, cfg.image_size, augment, cfg.seed)
+    return dataset.keep(cfg.overfit) if cfg.overfit else dataset
 
 
 if __name__ == "__main__":                         # python data.py DIR: the check of a data set

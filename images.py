@@ -1,4 +1,4 @@
-"""Pictures: reading any file as RGB, drawing boxes and shapes. No torch.
+"""Pictures: reads any image file as RGB, draws boxes and shapes. No torch.
 
     image = read_image("photo.jpg")                                # PIL, upright, RGB
     draw_boxes(image, boxes_xyxy, names, scores).save("drawn.jpg")
@@ -11,67 +11,69 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from coco_eval import UserError, UserFileError
+
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)    # ImageNet, RGB 0..255
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 
 
-def read_image(path, size=None, note=""):
-    """The picture a viewer shows, as a PIL image in RGB.
-
-    Turned upright by its EXIF orientation, unless only the raw pixels have the `size` (height,
-    width) that the annotations state: then the boxes were drawn on the raw pixels. Transparent
-    pixels lie on white, 16-bit grey is scaled to 8 bit. Raises FileNotFoundError, and ValueError
-    for a file that cannot be decoded or has another size; `note` (the image's id, say) is added.
-    """
-    name = f"{path}{note}"
-    if not os.path.isfile(path):                 # a named pipe, for one, would block
-        raise FileNotFoundError(f"{name} not found, or no file: is the image folder the right one?")
-    try:
-        with Image.open(path) as raw:
-            raw.load()                           # Image.open alone accepts a truncated file
-            image = ImageOps.exif_transpose(raw)
-    except Exception as error:                   # a broken file can make Pillow raise anything
-        raise ValueError(f"{name} cannot be read as an image "
-                         f"({str(error) or type(error).__name__}): replace it or remove it from "
-                         f"the data set") from None
-    if size is not None and (image.height, image.width) != tuple(size):
-        if (raw.height, raw.width) != tuple(size):
-            raise ValueError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
-                             f"height), the annotations say {size[1]} x {size[0]}: annotate the "
-                             f"file that is there")
-        image = raw
-    return to_rgb(image, name)
-
-
 def to_rgb(image, name):
-    """`image` in RGB as a viewer shows it; ValueError for modes without a defined look."""
+    """`image` in RGB as a viewer shows it; UserError for modes without a defined look."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
-    if image.mode.startswith("I"):               # 16 bit, by file format in mode I;16 or I
+    if image.mode.startswith("I"):               # 16-bit grey: mode I;16 or I, by file format
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
-                             f"defined brightness, save the image with 8 or 16 bits")
+            raise UserError(f"{name}: 32-bit pixels ({pixels.min()} to {pixels.max()}) have no "
+                            f"defined brightness, save the image with 8 or 16 bits")
         return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
-        raise ValueError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
-                         f"save the image as 8-bit RGB or grey")
+        raise UserError(f"{name}: pixels of mode {image.mode} have no defined look in RGB, "
+                        f"save the image as 8-bit RGB or grey")
     return image.convert("RGB")
 
 
-def resized(h, w, size, max_size=None):
-    """(height, width) with the shorter side `size`, or less where the longer passes `max_size`.
+def read_image(path, size=None, note=""):
+    """An image file as a PIL image in RGB, as a viewer shows it.
 
-    The official rule to the pixel: the size is rounded half to even, the longer side cut down,
-    so that it can pass max_size by one.
+    Applies the EXIF orientation, unless only the raw pixels have the `size` (height, width) that
+    the annotations state: then the boxes were drawn on the raw pixels. White shows through
+    transparent pixels, 16-bit grey is scaled to 8 bit. Raises UserFileError, and UserError for a
+    file that cannot be decoded or has another size; `note` (the image's id, say) ends its name.
+    """
+    name = f"{path}{note}"
+    if not os.path.isfile(path):                 # a named pipe, for one, would block
+        raise UserFileError(f"{name} not found, or no file: is the image folder the right one?")
+    try:
+        with Image.open(path) as raw:
+            raw.load()                           # Image.open alone accepts a truncated file
+            image = ImageOps.exif_transpose(raw)
+    except Exception as error:                   # a broken file can make Pillow raise anything
+        raise UserError(f"{name} cannot be read as an image "
+                        f"({str(error) or type(error).__name__}): replace it or remove it from "
+                        f"the data set") from None
+    if size is not None and (image.height, image.width) != tuple(size):
+        if (raw.height, raw.width) != tuple(size):
+            raise UserError(f"{name}: the file is {raw.width} x {raw.height} pixels (width x "
+                            f"height), the annotations say {size[1]} x {size[0]}: annotate the "
+                            f"file that is there")
+        image = raw
+    return to_rgb(image, name)
+
+
+def resized(h, w, size, max_size=None):
+    """(height, width) with the shorter side `size`, or less where the longer would pass `max_size`.
+
+    Equals the official DETR's rule to the pixel: it rounds the shorter side half to even and the
+    longer one down, so that the longer can still pass max_size by one.
     """
     short, long = min(h, w), max(h, w)
     if max_size is not None and long / short * size > max_size:
         size = int(round(max_size * short / long))
-        if size == 0:                            # a line; the official code fails
+        if size == 0:                            # a line of pixels; the official code fails here
             return (1, max_size) if h < w else (max_size, 1)
     if short == size:
         return h, w
@@ -79,50 +81,52 @@ def resized(h, w, size, max_size=None):
 
 
 def draw_boxes(image, boxes_xyxy, names, scores=None):
-    """A copy of the PIL image with boxes (pixels), class names and, where given, scores."""
+    """A copy of the PIL image with boxes in pixels, class names and, where given, scores."""
     image = image.copy()
-    draw = ImageDraw.Draw(image)
-    line = max(1, round(min(image.size) / 200))
-    font = ImageFont.load_default(max(10, round(min(image.size) / 28)))
+    draw, side = ImageDraw.Draw(image), min(image.size)
+    line, font = max(1, round(side / 200)), ImageFont.load_default(max(10, round(side / 28)))
     order = range(len(names)) if scores is None else np.argsort(np.asarray(scores))  # best on top
     for i in order:
         x1, y1, x2, y2 = [float(v) for v in boxes_xyxy[i]]
         color = f"hsl({zlib.crc32(names[i].encode()) % 360}, 90%, 40%)"  # a class keeps its colour
         draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
+
+        # the label above the box, moved by (dx, dy) into the image
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
         left, top, right, bottom = draw.textbbox((x1, y1), text, font=font, anchor="lb")
-        x = max(0, min(left, image.width - right + left)) - left         # keep the label inside
-        y = max(0, -top)
-        draw.rectangle([left + x, top + y, right + x, bottom + y], color)
-        draw.text((x1 + x, y1 + y), text, "white", font=font, anchor="lb")
+        dx = max(0, min(left, image.width - right + left)) - left
+        dy = max(0, -top)
+        draw.rectangle([left + dx, top + dy, right + dx, bottom + dy], color)
+        draw.text((x1 + dx, y1 + dy), text, "white", font=font, anchor="lb")
     return image
 
 
 def contact_sheet(items, columns=4, side=320):
-    """One PIL image of up to 16 `items`, each a tuple of draw_boxes' arguments, in rows of
-    `columns`; every image is scaled to fit side x side pixels before its boxes are drawn."""
+    """The first 16 of `items`, tuples of draw_boxes' arguments, on one PIL image, `columns` in a
+    row, each scaled to fit side x side pixels before its boxes are drawn."""
     items = items[:16]
     rows = math.ceil(len(items) / columns)
     sheet = Image.new("RGB", (min(columns, len(items)) * side, rows * side), "white")
-    for k, (image, boxes, *rest) in enumerate(items):
-        scale = (side - 4) / max(image.size)
+    for k, (image, boxes, *names_and_scores) in enumerate(items):
+        scale = (side - 4) / max(image.size)                         # 2 pixels free on each side
         image = image.resize([max(1, round(v * scale)) for v in image.size])
-        tile = draw_boxes(image, np.asarray(boxes) * scale, *rest)
-        sheet.paste(tile, (k % columns * side + 2, k // columns * side + 2))
+        tile = draw_boxes(image, np.asarray(boxes) * scale, *names_and_scores)
+        row, column = divmod(k, columns)
+        sheet.paste(tile, (column * side + 2, row * side + 2))
     return sheet
 
 
 def ground_colors(rng):
-    """Two like colours."""
+    """Two similar colours, RGB."""
     first = tuple(rng.randrange(256) for _ in range(3))
     return first, tuple(min(255, max(0, c + rng.randint(-50, 50))) for c in first)
 
 
 def draw_ground(rng, ground, side):
-    """A PIL image, plain, shaded, striped or noisy in the two colours of `ground`."""
+    """A PIL image in the two colours of `ground`: plain, shaded, striped, or shaded with noise."""
     kind = rng.choice(("plain", "shaded", "striped", "noisy"))
     a, b = np.float32(ground)
-    ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]              # (side, 1, 1)
+    ramp = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]  # share of b in each row
     if kind == "plain":
         ramp = np.zeros_like(ramp)
     if kind == "striped":
@@ -132,13 +136,13 @@ def draw_ground(rng, ground, side):
         noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 15, pixels.shape)
         pixels = pixels + noise
     pixels = pixels.clip(0, 255).astype(np.uint8)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:                                           # columns instead of rows
         pixels = pixels.transpose(1, 0, 2)
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def draw_shape(image, rng, label, box, **paint):
-    """Draw a rectangle (0), ellipse (1) or triangle (2) that fills `box`, xywh, to the pixel."""
+    """Draws a rectangle (0), ellipse (1) or triangle (2) that fills `box`, xywh, to the pixel."""
     (x, y, w, h), draw = box, ImageDraw.Draw(image)
     right, bottom = x + w - 1, y + h - 1                             # the last pixel inside
     if label == 0:

@@ -1,12 +1,9 @@
 """The set loss of DETR: classification, L1 and generalised IoU over the matched pairs.
-And the loss of classifiers.
 
     losses = set_loss(logits, boxes, targets)    # all decoder layers at once
-    losses = classification_loss(logits, labels)
     losses["loss"].backward()
 
-Papers: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2, and Appendix A.2; label smoothing,
-arXiv:1512.00567, Sec. 7.
+Paper: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2, and Appendix A.2.
 """
 
 from dataclasses import dataclass
@@ -15,81 +12,39 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from data import cxcywh_to_xyxy, overlap
+from options import check_options
+from coco_eval import UserError
+from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
+
+
+LOSS_TERMS = "ce", "bbox", "giou"       # classification, L1 distance and generalised IoU of boxes
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the matching cost and of the loss, the official DETR's by default."""
-    set_cost_class: Annotated[float, "matching: weight of the class probability"] = 1.0
-    set_cost_bbox: Annotated[float, "matching: weight of the L1 distance of the boxes"] = 5.0
-    set_cost_giou: Annotated[float, "matching: weight of the generalised IoU"] = 2.0
-    ce_loss_coef: Annotated[float, "loss: weight of the classification"] = 1.0
-    bbox_loss_coef: Annotated[float, "loss: weight of the L1 distance of the boxes"] = 5.0
-    giou_loss_coef: Annotated[float, "loss: weight of the generalised IoU"] = 2.0
-    eos_coef: Annotated[float, "weight of the no-object class among the classes"] = 0.1
+    set_cost_class: Annotated[float, "matching: weight of the class probability", 0] = 1.0
+    set_cost_bbox: Annotated[float, "matching: weight of the L1 distance of the boxes", 0] = 5.0
+    set_cost_giou: Annotated[float, "matching: weight of the generalised IoU", 0] = 2.0
+    ce_loss_coef: Annotated[float, "loss: weight of the classification", 0] = 1.0
+    bbox_loss_coef: Annotated[float, "loss: weight of the L1 distance of the boxes", 0] = 5.0
+    giou_loss_coef: Annotated[float, "loss: weight of the generalised IoU", 0] = 2.0
+    eos_coef: Annotated[float, "weight of the no-object class among the classes", 0] = 0.1
     aux_loss: Annotated[bool, "add the loss of every decoder layer, not of the last alone"] = True
 
     def __post_init__(self):
-        for field in ("set_cost_class", "set_cost_bbox", "set_cost_giou", "ce_loss_coef",
-                      "bbox_loss_coef", "giou_loss_coef", "eos_coef"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"--{field} {getattr(self, field)} must not be negative")
+        check_options(self)
         if not self.set_cost_class + self.set_cost_bbox + self.set_cost_giou:
-            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot "
-                             "all be 0")
+            raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
 
 
-def loss_counts(targets, num_queries):
-    """What the losses of these images are divided by: float64 tensor (objects, matched objects,
-    images). Sum it over all ranks and accumulated parts to normalise a whole step at once."""
+def loss_normalizers(targets, num_queries):
+    """The denominators of the losses of these images: float64 tensor (objects, matched objects,
+    images). Summed over all processes and micro-batches they are those of a whole step."""
     counts = [len(t["labels"]) for t in targets]
-    return torch.tensor([sum(counts), sum(min(T, num_queries) for T in counts), len(counts)],
-                        dtype=torch.float64)
-
-
-def set_loss(logits, boxes, targets, cfg=LossConfig(), counts=None):
-    """The losses of a batch, each a 0-dim tensor, by the official names.
-
-    logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
-    of B dicts with "labels" (T,) int64 and "boxes" (T, 4). counts: loss_counts of the whole step
-    per rank (its sum over ranks divided by their number), None: of these targets. Returns "loss",
-    the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer, "class_error"
-    (percent of the matched queries with a wrong class; 100 if there is none) and
-    "cardinality_error" (mean error in the number of objects); and, but for class_error, those of
-    layer i under "..._i".
-    Computed in float32. Raises ValueError if a cost is not finite.
-    Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2.
-    """
-    L, B, Q, _ = logits.shape
-    if not cfg.aux_loss:
-        logits, boxes, L = logits[-1:], boxes[-1:], 1
-    logits, boxes, device = logits.float(), boxes.float(), logits.device
-    objects, matched, images = (loss_counts(targets, Q) if counts is None else counts).tolist()
-    pairs = match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox, cfg.set_cost_giou)
-    index, labels, target_boxes = gather_pairs(pairs, targets, device)
-
-    K = logits.shape[-1] - 1
-    classes = torch.full((L, B, Q), K, device=device)
-    classes[index] = labels
-    weight = torch.ones(K + 1, device=device)
-    weight[K] = cfg.eos_coef
-    # the official mean is over the weights of the true classes, not over the queries
-    weight_sum = matched + cfg.eos_coef * (images * Q - matched)
-    ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
-    loss_ce = ce.view(L, -1).sum(1) / max(weight_sum, 1e-12)                            # (L,)
-
-    predicted = boxes[index]                                                            # (L, M, 4)
-    giou = overlap(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target_boxes))[1]          # (L, M)
-    loss_bbox = (predicted - target_boxes).abs().sum((1, 2)) / max(objects, 1)          # (L,)
-    loss_giou = (1 - giou).sum(1) / max(objects, 1)                                     # (L,)
-
-    total = (cfg.ce_loss_coef * loss_ce + cfg.bbox_loss_coef * loss_bbox
-             + cfg.giou_loss_coef * loss_giou).sum()
-    losses = {"loss": total, **official_names("loss_ce", loss_ce),
-              **official_names("loss_bbox", loss_bbox), **official_names("loss_giou", loss_giou)}
-    return {**losses, **errors(logits.detach(), index, labels, targets)}
+    matched = sum(min(T, num_queries) for T in counts)
+    return torch.tensor([sum(counts), matched, len(counts)], dtype=torch.float64)
 
 
 def gather_pairs(pairs, targets, device):
@@ -98,7 +53,7 @@ def gather_pairs(pairs, targets, device):
     pairs: match() of L layers. Every layer has the same number M of pairs. Returns the index
     (layer, image, query), each (L, M), of the predictions; their labels (L, M); boxes (L, M, 4).
     """
-    layer = torch.tensor([[i] for i in range(len(pairs))])
+    layer = torch.arange(len(pairs))[:, None]
     image = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs[0])])
     query = torch.stack([torch.cat([q for q, _ in layer_pairs]) for layer_pairs in pairs])
     labels, boxes = (torch.stack([torch.cat([t[key][k] for t, (_, k) in zip(targets, layer_pairs)])
@@ -108,14 +63,62 @@ def gather_pairs(pairs, targets, device):
     return tuple(index), labels, boxes
 
 
-def official_names(name, values):
+def by_layer(name, values):
     """Values (L,) of the layers under the official names: the last layer's without a number."""
     named = {f"{name}_{i}": v for i, v in enumerate(values[:-1])}
     return {name: values[-1], **named}
 
 
+def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None):
+    """The losses of a batch, each a 0-dim tensor, by the official names.
+
+    logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
+    of B dicts with "labels" (T,) int64 and "boxes" (T, 4). normalizers: loss_normalizers of the
+    whole step per process (their sum divided by the number of processes), None: of these targets.
+
+    Returns "loss", the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer,
+    "class_error" (percent of the matched queries with a wrong class; 100 if there is none) and
+    "cardinality_error" (mean error in the number of objects); and, but for class_error, those of
+    layer i under "..._i". Computed in float32. Raises ValueError if a cost is not finite.
+    Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2.
+    """
+    if not cfg.aux_loss:
+        logits, boxes = logits[-1:], boxes[-1:]
+    logits, boxes = logits.float(), boxes.float()
+    (L, B, Q, _), K, device = logits.shape, logits.shape[-1] - 1, logits.device
+    if normalizers is None:
+        normalizers = loss_normalizers(targets, Q)
+    objects, matched, images = normalizers.tolist()
+
+    pairs = match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox, cfg.set_cost_giou)
+    index, labels, target_boxes = gather_pairs(pairs, targets, device)
+
+    # classes: every query without an object should say "no object", class K.
+    # softmax over the classes and no-object: see also matching_cost and postprocess
+    classes = torch.full((L, B, Q), K, device=device)
+    classes[index] = labels
+    weight = torch.ones(K + 1, device=device)
+    weight[K] = cfg.eos_coef
+    ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+    # the mean is over the weights of the true classes, not over the queries
+    weight_sum = matched + cfg.eos_coef * (images * Q - matched)
+    loss_ce = ce.view(L, -1).sum(1) / max(weight_sum, 1e-12)                            # (L,)
+
+    # boxes of the matched queries
+    predicted = boxes[index]                                                            # (L, M, 4)
+    _, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target_boxes))     # (L, M)
+    loss_bbox = (predicted - target_boxes).abs().sum((1, 2)) / max(objects, 1)          # (L,)
+    loss_giou = (1 - giou).sum(1) / max(objects, 1)                                     # (L,)
+
+    total = (cfg.ce_loss_coef * loss_ce + cfg.bbox_loss_coef * loss_bbox
+             + cfg.giou_loss_coef * loss_giou).sum()
+    return {"loss": total, **by_layer("loss_ce", loss_ce), **by_layer("loss_bbox", loss_bbox),
+            **by_layer("loss_giou", loss_giou),
+            **log_metrics(logits.detach(), index, labels, targets)}
+
+
 @torch.no_grad()
-def errors(logits, index, labels, targets):
+def log_metrics(logits, index, labels, targets):
     """class_error of the last layer and cardinality_error of all, for the log alone."""
     guess = logits.argmax(-1)                                                           # (L, B, Q)
     wrong = (guess[index][-1] != labels[-1]).float()
@@ -123,4 +126,4 @@ def errors(logits, index, labels, targets):
     found = (guess != logits.shape[-1] - 1).sum(-1).float()                             # (L, B)
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
     return {"class_error": class_error,
-            **official_names("cardinality_error", (found - objects).abs().mean(1))}
+            **by_layer("cardinality_error", (found - objects).abs().mean(1))}

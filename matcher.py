@@ -5,10 +5,15 @@
 Paper: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
 """
 
-from scipy.optimize import linear_sum_assignment
 import torch
+from scipy.optimize import linear_sum_assignment
 
+from coco_eval import UserError
 from data import cxcywh_to_xyxy, generalized_box_iou
+
+
+class NotFiniteError(UserError):
+    """A loss, cost or gradient is NaN or infinite."""
 
 
 def pad_targets(targets, num_classes, device):
@@ -16,7 +21,7 @@ def pad_targets(targets, num_classes, device):
     class 0 and a box over the whole image. One transfer to the device for each."""
     for t in targets:                               # on a GPU a wrong index would end the process
         if len(t["labels"]) and not 0 <= t["labels"].min() <= t["labels"].max() < num_classes:
-            raise ValueError(f"labels {t['labels'].tolist()} do not lie in 0 .. {num_classes - 1}")
+            raise UserError(f"labels {t['labels'].tolist()} do not lie in 0 .. {num_classes - 1}")
     T = max(len(t["labels"]) for t in targets)
     labels = torch.zeros(len(targets), T, dtype=torch.int64)
     boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(targets), T, 1)
@@ -30,20 +35,24 @@ def pad_targets(targets, num_classes, device):
 def matching_cost(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
     """Cost of giving each object of an image to each of its queries: (L, B, Q, T), float32.
 
-    logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh; T as in pad_targets, whose padding costs
-    something meaningless. Eq. 1: minus the probability of the class, L1 distance and minus GIoU.
+    logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh; T the largest number of objects in an image.
+    The columns beyond an image's own objects are padding: ignore them. Eq. 1: minus the probability
+    of the class, L1 distance and minus the generalised IoU.
     """
     labels, target_boxes = pad_targets(targets, logits.shape[-1] - 1, logits.device)
     L, B, Q, _ = boxes.shape
+
+    # softmax over the classes and no-object: see also set_loss and postprocess
+    probability = logits.float().softmax(-1)                               # (L, B, Q, K+1)
     index = labels[None, :, None].expand(L, B, Q, -1)                      # (L, B, Q, T)
-    cost = -cost_class * logits.float().softmax(-1).gather(3, index)
+    cost = -cost_class * probability.gather(3, index)
+
     # not cdist, which is slow on GPUs; nor a sum over the last, short dimension, slow on CPUs
     boxes = boxes.float()
     l1 = sum((x[..., None] - y[:, None]).abs()                             # (L, B, Q, T)
              for x, y in zip(boxes.unbind(-1), target_boxes.unbind(-1)))
-    cost = cost + cost_bbox * l1
     giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
-    return cost - cost_giou * giou
+    return cost + cost_bbox * l1 - cost_giou * giou
 
 
 def match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
@@ -52,17 +61,18 @@ def match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
     logits (B, Q, K+1); boxes (B, Q, 4) cxcywh in [0, 1]; targets: list of B dicts with "labels"
     (T,) int64 and "boxes" (T, 4). Returns B pairs of int64 tensors (query, target) on the CPU, each
     of length min(Q, T), queries ascending; T may be 0. Given all decoder layers, (L, B, Q, ...),
-    returns a list of L such lists: their costs leave the device in one transfer. Raises ValueError
-    if a cost is not finite. Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
+    returns a list of L such lists, after one transfer of all costs to the host. Raises
+    NotFiniteError, a ValueError, if a cost is not finite.
+    Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 1.
     """
     if logits.dim() == 3:
         return match(logits[None], boxes[None], targets, cost_class, cost_bbox, cost_giou)[0]
     costs = matching_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou).cpu()
     if not costs.isfinite().all():
         layer, image = (~costs.isfinite()).nonzero()[0, :2].tolist()
-        raise ValueError(f"the matching cost is not finite, first in decoder layer {layer}, image "
-                         f"{image} of the batch: the predictions or the targets hold NaN or "
-                         f"infinity")
+        raise NotFiniteError(f"the matching cost is not finite, first in decoder layer {layer}, "
+                             f"image {image} of the batch: the predictions or the targets hold NaN "
+                             f"or infinity")
     counts = [len(t["labels"]) for t in targets]
     return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[:, :T].numpy())))
              for cost, T in zip(layer, counts)] for layer in costs]

@@ -3,28 +3,30 @@
     model = MetaFormer(METAFORMERS["poolformer_s12"])
     logits = model(images, valid)                # uint8 (B, 3, IH, IW), bool (B, IH, IW) or None
 
+Inside, x are the tokens (B, N, C) of a grid (H, W), and valid (B, N) or None, as in mixers.py.
 Papers: MetaFormer, arXiv:2111.11418 and arXiv:2210.13452; ViT, arXiv:2010.11929; DeiT,
 arXiv:2012.12877; MLP-Mixer, arXiv:2105.01601.
 """
 
-import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixers import MIXERS, StarReLU, to_grid
+from coco_eval import UserError
+from options import check_options
+from mixers import MIXERS, MixerConfig, StarReLU, to_grid
 from resnet import BatchNorm2d, Normalise
 
 
-class GroupNorm(nn.Module):
-    """Normalises over tokens and channels together, with weight and bias (C,) per channel.
+# -- norms of tokens: forward(x, valid) -> (B, N, C) ---------------------------------------------
 
-    nn.GroupNorm(1, C) of a map; nn.LayerNorm(C) differs, it normalises each token by itself. The
-    statistics are those of the valid tokens.
+class TokenGroupNorm(nn.Module):
+    """Normalises the valid tokens of an image and their channels together; weight and bias (C,).
+
+    Equals nn.GroupNorm(1, C) of a map without padding. TokenLayerNorm differs: token by token.
     """
 
     def __init__(self, C, eps, bias=True):
@@ -36,24 +38,23 @@ class GroupNorm(nn.Module):
         if valid is None:
             x = F.layer_norm(x, x.shape[1:], eps=self.eps)
         else:
+            # v: weight of each value in its image's mean, 0 in the padding
             v = valid[..., None].float() / valid.sum(1).clamp(min=1)[:, None, None] / x.shape[2]
             x = x.float() - (x * v).sum((1, 2), keepdim=True)
-            x = x * ((x.square() * v).sum((1, 2), keepdim=True) + self.eps).rsqrt()
+            variance = (x.square() * v).sum((1, 2), keepdim=True)
+            x = x * (variance + self.eps).rsqrt()
         return x * self.weight if self.bias is None else x * self.weight + self.bias
 
 
-class LayerNorm(nn.LayerNorm):
+class TokenLayerNorm(nn.LayerNorm):
     """Normalises each token over its channels."""
-
-    def __init__(self, C, eps, bias=True):
-        super().__init__(C, eps, bias=bias)
 
     def forward(self, x, valid):
         return super().forward(x)
 
 
 class TokenBatchNorm(BatchNorm2d):
-    """Normalises each channel over all images; in training over their padding, too."""
+    """Normalises each channel over all images; in training, padded tokens count too."""
 
     def __init__(self, C, eps, bias=True):
         super().__init__(C, eps)
@@ -63,87 +64,79 @@ class TokenBatchNorm(BatchNorm2d):
 
 
 class NoNorm(nn.Identity):
-    """The tokens as they are (arXiv:2111.11418, Table 5)."""
+    """Returns the tokens unchanged (arXiv:2111.11418, Table 5)."""
 
     def forward(self, x, valid):
         return x
 
 
-TOKEN_NORMS = {"group": GroupNorm, "layer": LayerNorm, "batch": TokenBatchNorm, "none": NoNorm}
+TOKEN_NORMS = {"group": TokenGroupNorm, "layer": TokenLayerNorm, "batch": TokenBatchNorm,
+               "none": NoNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "starrelu": StarReLU}
+FAMILIES = "poolformer", "baselines", "isotropic"
 
 
 @dataclass(frozen=True)
 class MetaFormerConfig:
-    """Everything that shapes a classifier of the MetaFormer family.
+    """Everything that shapes a classifier of the MetaFormer family; the defaults: PoolFormer-S12.
 
     Three families differ in more than their sizes:
     poolformer  arXiv:2111.11418. LayerScale on the branches; norm, then mean over tokens.
     baselines   arXiv:2210.13452. No biases in blocks and their norms; a scale on the skip of the
                 last two stages; norms beside the strided convolutions; mean over tokens, then norm.
-    isotropic   one stage of patches: with positions (and a class token, which is read out) ViT,
+    isotropic   One stage, of 16 x 16 patches: with positions and a class token for the head ViT,
                 arXiv:2010.11929; with the mlp mixer MLP-Mixer, arXiv:2105.01601.
+
+    --image_size has three meanings. Here it is the largest side for which fixed grids and positions
+    are built; models without them take images of any size. In TrainConfig it is the side of a
+    classifier's square images, or the shorter side of a detector's images.
     """
-    family: Annotated[str, "poolformer, baselines or isotropic"] = "poolformer"
-    depths: Annotated[str, "blocks of each stage"] = "2,2,6,2"
+    family: Annotated[str, "structure of blocks and head", FAMILIES] = "poolformer"
+    depths: Annotated[str, "blocks of each stage, separated by commas"] = "2,2,6,2"
     widths: Annotated[str, "channels of each stage"] = "64,128,320,512"
-    mixers: Annotated[str, "token mixers, keys of MIXERS: one for all stages, or each"] = "pool"
-    norm: Annotated[str, "group (tokens and channels together), layer, batch or none"] = "group"
-    activation: Annotated[str, "of the channel MLP: gelu, relu, silu or starrelu"] = "gelu"
+    mixers: Annotated[str, f"token mixer of all stages, or each: {', '.join(MIXERS)}"] = "pool"
+    norm: Annotated[str, "of the blocks; group is over all tokens", TOKEN_NORMS] = "group"
+    activation: Annotated[str, "of the channel MLP", ACTIVATIONS] = "gelu"
     residual: Annotated[bool, "add the input of mixer and channel MLP to their output"] = True
     channel_mlp: Annotated[bool, "have a channel MLP in each block"] = True
     positions: Annotated[bool, "learned, added before the first stage with attention"] = False
     mlp_head: Annotated[bool, "an MLP instead of a linear layer as the classifier"] = False
-    pool_size: Annotated[int, "side of the pooling window in tokens, odd"] = 3
-    head_size: Annotated[int, "channels of an attention head"] = 32
-    token_dim: Annotated[int, "hidden units of the mlp mixer, over tokens"] = 256
-    layer_scale: Annotated[float, "first value of LayerScale, 0 = without"] = 1e-5
-    drop_path: Annotated[float, "stochastic depth of the last block, linear from 0"] = 0.1
-    head_dropout: Annotated[float, "dropout in the MLP head"] = 0.0
-    image_size: Annotated[int, "largest side in pixels for fixed-grid mixers, positions"] = 224
-    crop_fraction: Annotated[float, "side of the centre crop in evaluation, of the shorter"] = 0.9
-    num_classes: Annotated[int, "classes K; data sets set it"] = 1000
-    maps: Annotated[str, "no classifier, but normed maps of these stages, as in 1,2,3,4"] = ""
+    pool_size: Annotated[int, "side of the pooling window in tokens, odd", 1] = 3
+    head_size: Annotated[int, "channels of an attention head", 1] = 32
+    tokens_mlp_dim: Annotated[int, "hidden units of the mlp mixer, over the tokens", 1] = 256
+    layer_scale: Annotated[float, "first value of LayerScale; 0: no LayerScale", 0] = 1e-5
+    drop_path: Annotated[float, "stochastic depth of the last block; linear from 0", 0] = 0.1
+    head_dropout: Annotated[float, "dropout in the MLP head", 0] = 0.0
+    image_size: Annotated[int, "largest side of fixed grids and positions", 1] = 224
+    crop_fraction: Annotated[float, "evaluation: side of the centre crop / shorter side", 0] = 0.9
+    num_classes: Annotated[int, "classes K; data sets set it", 1] = 1000
+    out_stages: Annotated[str, "instead of a classifier, maps of these stages, as 1,2,3,4"] = ""
 
     def __post_init__(self):
-        for field, known in (("family", ("poolformer", "baselines", "isotropic")),
-                             ("norm", TOKEN_NORMS), ("activation", ACTIVATIONS),
-                             ("mixers", MIXERS)):
-            value = getattr(self, field)
-            if not set(value.split(",") if field == "mixers" else [value]) <= set(known):
-                raise ValueError(f"--{field} {value} is unknown, use: {', '.join(known)}")
+        check_options(self)
         n = 1 if self.family == "isotropic" else 4
         depths, widths, mixers = (x.split(",") for x in (self.depths, self.widths, self.mixers))
+        if not set(mixers) <= set(MIXERS):
+            raise UserError(f"--mixers {self.mixers} is unknown, use: {', '.join(MIXERS)}")
         if (len(depths), len(widths)) != (n, n) or len(mixers) not in (1, n) or not all(
                 x.isdecimal() for x in depths + widths):
-            raise ValueError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
-                             f"{self.mixers} must be of {n} stage(s), separated by commas")
+            raise UserError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
+                            f"{self.mixers} must be of {n} stage(s), separated by commas")
         for depth, width, mixer in self.stages:
             if depth < 1 or width < 1 or mixer == "attention" and width % self.head_size:
-                raise ValueError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
-                                 f", attention's a multiple of --head_size {self.head_size}")
+                raise UserError(f"--depths {self.depths} and --widths {self.widths} must be over 0"
+                                f", with attention multiples of --head_size {self.head_size}")
         if self.pool_size % 2 == 0:
-            raise ValueError(f"--pool_size {self.pool_size} must be odd, to have a centre")
+            raise UserError(f"--pool_size {self.pool_size} must be odd, to have a centre")
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"--crop_fraction {self.crop_fraction} must be over 0 and at most 1")
-        for field in ("drop_path", "head_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)} must be in [0, 1)")
-        for field in ("num_classes", "image_size", "pool_size", "token_dim", "head_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)} must be at least 1")
-        if not 0 <= self.layer_scale < math.inf:
-            raise ValueError(f"--layer_scale {self.layer_scale} must be 0 or a positive number")
-        if self.positions and "attention" not in self.mixers:
-            raise ValueError(f"--positions are for --mixers with attention, not {self.mixers}")
-        if not set(self.maps.split(",") if self.maps else ()) <= {str(k + 1) for k in range(n)}:
-            raise ValueError(f"--maps {self.maps} must name stages from 1 to {n}, as in 1,{n}")
-
-    @property
-    def takes_any_size(self):
-        """Whether images of all sizes can be its input, as a backbone's must."""
-        fixed = self.positions or {"mlp", "fc", "random"} & set(self.mixers.split(","))
-        return self.family != "isotropic" and not fixed
+            raise UserError(f"--crop_fraction {self.crop_fraction} must be over 0 and at most 1")
+        if max(self.drop_path, self.head_dropout) >= 1:
+            raise UserError(f"--drop_path {self.drop_path} and --head_dropout {self.head_dropout} "
+                            f"must be below 1")
+        if self.positions and "attention" not in mixers:
+            raise UserError(f"--positions are for --mixers with attention, not {self.mixers}")
+        if self.out_stages and not set(self.out_stages.split(",")) <= set("1234"[:n]):
+            raise UserError(f"--out_stages {self.out_stages} must name stages from 1 to {n}")
 
     @property
     def stages(self):
@@ -152,30 +145,34 @@ class MetaFormerConfig:
         mixers = mixers * len(depths) if len(mixers) == 1 else mixers
         return list(zip(map(int, depths), map(int, widths), mixers))
 
+    @property
+    def out_stage_numbers(self):
+        """Stages from 1; [] for a classifier."""
+        return [int(number) for number in self.out_stages.split(",") if number]
 
-def token_norm(cfg, C):
-    """The norm of a MetaFormer's blocks for C channels."""
-    eps = 1e-5 if cfg.family == "poolformer" else 1e-6
-    return TOKEN_NORMS[cfg.norm](C, eps, bias=cfg.family != "baselines")
+    @property
+    def takes_any_size(self):
+        """Whether images of all sizes can be its input, as a backbone's must."""
+        fixed = any(hasattr(MIXERS[mixer], "fixed_grid") for _, _, mixer in self.stages)
+        return self.family != "isotropic" and not self.positions and not fixed
 
+
+# -- blocks --------------------------------------------------------------------------------------
 
 class Downsample(nn.Module):
     """Strided k x k convolution: tokens of one grid to tokens of a coarser one.
 
-    Padding is zero before it, as if the image ended there, and afterwards a token is valid where
-    the image alone would have one. So an image in the upper left of a larger canvas gives the very
-    tokens it gives alone. The baselines have norms: after the first one, before the others.
+    It sets padding to 0, the value that a convolution reads beyond an image's border, and an output
+    token is valid where the image without padding has one. So padding never changes an image's
+    tokens. The baselines add a LayerNorm: after the first Downsample, before the later ones.
     """
 
     def __init__(self, cin, cout, k, stride, padding, norms):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, k, stride, padding)
-        self.pre_norm = self.post_norm = None
-        if norms and cin == 3:
-            self.post_norm = nn.LayerNorm(cout, 1e-6, bias=False)
-        elif norms:
-            self.pre_norm = nn.LayerNorm(cin, 1e-6, bias=False)
-        self.first = k - 1 - 2 * padding    # output row i is there if input row first + i*stride is
+        self.pre_norm = nn.LayerNorm(cin, 1e-6, bias=False) if norms and cin != 3 else None
+        self.post_norm = nn.LayerNorm(cout, 1e-6, bias=False) if norms and cin == 3 else None
+        self.first = k - 1 - 2 * padding   # output row i is valid if input row first + i*stride is
 
     def forward(self, x, valid, grid):
         if self.pre_norm:
@@ -184,8 +181,16 @@ class Downsample(nn.Module):
         if valid is not None:
             step = slice(self.first, None, self.conv.stride[0])
             valid = valid.view(-1, *grid)[:, step, step].flatten(1)
-        y = x.flatten(2).transpose(1, 2)                            # (B, N, C)
-        return self.post_norm(y) if self.post_norm else y, valid, x.shape[2:]
+        grid, x = x.shape[2:], x.flatten(2).transpose(1, 2)         # (B, N, C)
+        if self.post_norm:
+            x = self.post_norm(x)
+        return x, valid, grid
+
+
+def token_norm(cfg, C):
+    """The norm of a MetaFormer's blocks for C channels."""
+    eps = 1e-5 if cfg.family == "poolformer" else 1e-6
+    return TOKEN_NORMS[cfg.norm](C, eps, bias=cfg.family != "baselines")
 
 
 class ChannelMLP(nn.Module):
@@ -203,20 +208,24 @@ class ChannelMLP(nn.Module):
 class MetaFormerBlock(nn.Module):
     """Norm and token mixer, norm and channel MLP, each in a residual (arXiv:2111.11418, Eq. 2, 3).
 
-    stage 0 to 3; max_grid: the largest grid that this stage will get; drop_path: the chance in
-    training that an image skips a branch (arXiv:1603.09382).
+    stage: 0 to 3; max_grid: the largest (H, W) of this stage; drop_path: the probability that an
+    image skips a branch in training (stochastic depth, arXiv:1603.09382).
     """
 
     def __init__(self, cfg, stage, max_grid, drop_path):
         super().__init__()
         _, C, mixer = cfg.stages[stage]
-        self.residual, self.drop_path, bias = cfg.residual, drop_path, cfg.family != "baselines"
+        bias = cfg.family != "baselines"
+        self.residual, self.drop_path = cfg.residual, drop_path
         self.norm1 = token_norm(cfg, C)
-        self.token_mixer = MIXERS[mixer](SimpleNamespace(
-            hidden_dim=C, nheads=C // cfg.head_size, dropout=0.0, pool_size=cfg.pool_size,
-            token_dim=cfg.token_dim, qkv_bias=cfg.family == "isotropic", out_bias=bias), max_grid)
+        self.token_mixer = MIXERS[mixer](MixerConfig(
+            hidden_dim=C, nheads=max(1, C // cfg.head_size), pool_size=cfg.pool_size,
+            tokens_mlp_dim=cfg.tokens_mlp_dim, max_grid=max_grid,
+            qkv_bias=cfg.family == "isotropic", out_bias=bias))
         self.norm2 = token_norm(cfg, C) if cfg.channel_mlp else None
         self.mlp = ChannelMLP(C, cfg.activation, bias) if cfg.channel_mlp else None
+
+        # scales of the branch and of the skip: 1 of the mixer's residual, 2 of the MLP's
         for k in (1, 2) if cfg.channel_mlp else (1,):
             if cfg.layer_scale:
                 setattr(self, f"layer_scale_{k}", nn.Parameter(torch.full((C,), cfg.layer_scale)))
@@ -230,13 +239,14 @@ class MetaFormerBlock(nn.Module):
         return x
 
     def add(self, x, y, k):
-        """Skip x and branch y of residual k, both (B, N, C), scaled where there is a scale."""
-        layer_scale, res_scale = (getattr(self, f"{s}_scale_{k}", None) for s in ("layer", "res"))
+        """The sum of skip x and branch y of residual k, all (B, N, C)."""
+        layer_scale = getattr(self, f"layer_scale_{k}", None)
+        res_scale = getattr(self, f"res_scale_{k}", None)
         if layer_scale is not None:
             y = y * layer_scale
         if self.training and self.drop_path:
             keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
-            y = y * (keep / (1 - self.drop_path)).to(y.dtype)
+            y = y * (keep / (1 - self.drop_path)).to(y.dtype)       # its mean stays the same
         if res_scale is not None:
             x = x * res_scale
         return x + y if self.residual else y
@@ -251,12 +261,14 @@ class MlpHead(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(4 * C), nn.Dropout(cfg.head_dropout)
 
     def forward(self, x):
-        # StarReLU's scale and bias would be undone by the norm
+        # squared ReLU: the norm would undo StarReLU's scale and bias
         return self.fc2(self.dropout(self.norm(F.relu(self.fc1(x)).square())))
 
 
+# -- the model -----------------------------------------------------------------------------------
+
 class MetaFormer(nn.Module):
-    """Classifier, or with cfg.maps the backbone for detection and segmentation.
+    """Classifier, or with cfg.out_stages the maps of these stages for detection and segmentation.
 
     Sources: arXiv:2111.11418, Fig. 2 and Table 1; for the other families see MetaFormerConfig.
     """
@@ -265,65 +277,80 @@ class MetaFormer(nn.Module):
         super().__init__()
         self.cfg, self.normalise = cfg, Normalise()
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
-        self.pos_embed, self.cls_token, self.limits = None, None, {}
-        n, cin, side = sum(depth for depth, _, _ in cfg.stages), 3, cfg.image_size
-        rates = iter([cfg.drop_path * i / max(1, n - 1) for i in range(n)])
-        last = max(map(int, cfg.maps.split(","))) if cfg.maps else len(cfg.stages)
-        for k, (depth, C, mixer) in enumerate(cfg.stages[:last]):
-            kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
+        self.pos_embed, self.cls_token = None, None
+        self.max_side_of_stage = {}                    # in tokens, of the stages that have a limit
+
+        # stochastic depth: linear over all blocks
+        blocks = sum(depth for depth, _, _ in cfg.stages)
+        rates = iter([cfg.drop_path * i / max(1, blocks - 1) for i in range(blocks)])
+
+        # the stages up to the last that is used
+        cin, side = 3, cfg.image_size
+        for k, (depth, C, mixer) in enumerate(cfg.stages[:max(cfg.out_stage_numbers, default=4)]):
             if cfg.family == "isotropic":
                 kernel, stride, padding = 16, 16, 0
+            else:
+                kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
             self.downsample_layers.append(
                 Downsample(cin, C, kernel, stride, padding, cfg.family == "baselines"))
             cin, side = C, (side + 2 * padding - kernel) // stride + 1
             self.stages.append(nn.ModuleList(
                 MetaFormerBlock(cfg, k, (side, side), next(rates)) for _ in range(depth)))
-            if hasattr(self.stages[k][0].token_mixer, "max_grid"):
-                self.limits[k] = side
+            if hasattr(MIXERS[mixer], "fixed_grid"):
+                self.max_side_of_stage[k] = side
             if cfg.positions and mixer == "attention" and self.pos_embed is None:
-                self.positions_at, self.limits[k] = k, side
-                cls = 1 if cfg.family == "isotropic" else 0         # the first position is its
-                self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if cls else None
-                self.pos_embed = nn.Parameter(torch.zeros(1, cls + side * side, C))
+                self.positions_stage, self.max_side_of_stage[k] = k, side
+                extra = 0
+                if cfg.family == "isotropic":
+                    self.cls_token, extra = nn.Parameter(torch.zeros(1, 1, C)), 1
+                self.pos_embed = nn.Parameter(torch.zeros(1, extra + side * side, C))
         self.num_channels = C
-        for k in map(int, cfg.maps.split(",") if cfg.maps else ()):  # official: norm0, norm2, ...
-            self.add_module(f"norm{2 * k - 2}", token_norm(cfg, cfg.stages[k - 1][1]))
-        if not cfg.maps:
-            self.norm = LayerNorm(C, 1e-6) if cfg.family == "baselines" else token_norm(cfg, C)
+
+        # a norm for each map, in the official names norm0, norm2, ...; or one norm and a head
+        for number in cfg.out_stage_numbers:
+            norm = token_norm(cfg, cfg.stages[number - 1][1])
+            self.add_module(f"norm{2 * number - 2}", norm)
+        if not cfg.out_stages:
+            self.norm = TokenLayerNorm(C, 1e-6) if cfg.family == "baselines" else token_norm(cfg, C)
             self.head = MlpHead(C, cfg) if cfg.mlp_head else nn.Linear(C, cfg.num_classes)
         self.init_weights()
 
     def init_weights(self):
-        """Normal with deviation 0.02, biases 0; PyTorch's default in the strided convolutions of
-        all but the baselines, and PoolFormer's positions start from 0: as in the official codes."""
-        default = {"poolformer": ("downsample_layers.", "pos_embed"), "baselines": (),
-                   "isotropic": ("downsample_layers.",)}[self.cfg.family]
+        """Biases 0, weights normal with deviation 0.02. As in the official codes, the strided
+        convolutions of all but the baselines keep PyTorch's default, and PoolFormer's positions
+        start from 0."""
+        kept = {"poolformer": ("downsample_layers.", "pos_embed"), "baselines": (),
+                "isotropic": ("downsample_layers.",)}[self.cfg.family]
         for name, p in self.named_parameters():
-            if p.requires_grad and not name.startswith(default):
-                if name.endswith(("bias", ".b1", ".b2")):
-                    nn.init.zeros_(p)
-                elif p.dim() > 1:
-                    nn.init.trunc_normal_(p, std=0.02)
+            if not p.requires_grad or name.startswith(kept):
+                continue
+            if name.split(".")[-1].startswith("b"):                 # see mixers.py
+                nn.init.zeros_(p)
+            elif p.dim() > 1:
+                nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, images, valid=None):
         """Class logits (B, K), float32.
 
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
-        = no padding. Raises ValueError for images larger than a fixed grid allows.
+        = no padding. Raises UserError for images larger than a fixed grid.
         """
-        if self.cfg.maps:
-            raise ValueError(f"built with maps={self.cfg.maps}, without a classifier: use features")
-        x, valid, _ = self.run(self.normalise(images, valid), valid)[-1]
+        if self.cfg.out_stages:
+            raise ValueError("a MetaFormer with out_stages has no classifier: call features()")
+        x, valid, _ = self.forward_stages(self.normalise(images, valid), valid)[-1]
+
+        # one token (B, C) for the whole image: its class token, or the mean of the valid ones
         if self.cfg.family != "baselines":
             x = self.norm(x, valid)
         if self.cls_token is not None:
-            x = x[:, 0]                                             # (B, C)
+            x = x[:, 0]
         elif valid is None:
             x = x.mean(1)
         else:
             x = (x * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
         if self.cfg.family == "baselines":
             x = self.norm(x, None)
+
         device = "cpu" if x.is_meta else x.device.type              # meta has no autocast
         with torch.autocast(device, enabled=False):                 # bfloat16 would tie classes
             return self.head(x.float())
@@ -331,47 +358,52 @@ class MetaFormer(nn.Module):
     def features(self, images, valid=None):
         """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
 
-        Arguments as in forward. With cfg.maps those of these stages alone, each behind a norm of
-        its own; the next stage gets the map without that norm. In eval mode no padding leaks: an
-        image in the upper left of its canvas has the features it has alone, at the places it has
-        alone, for neither convolutions, nor group norms, nor mixers see the padding. (In training
-        batch norm does.) What lies in the padded places themselves means nothing.
+        Arguments as in forward. With cfg.out_stages the maps of these stages alone, each with a
+        norm of its own, which the next stage does not see. In eval mode padding does not change an
+        image's features, because convolutions, group norms and mixers ignore it (batch norm in
+        training does not). Values at padded places have no meaning.
         """
-        return [m for m, _ in self.stage_maps(self.normalise(images, valid), valid)]
+        return [y for y, _ in self.stage_maps(self.normalise(images, valid), valid)]
 
     def stage_maps(self, x, valid):
-        """Normalised images and valid (B, IH, IW) or None to those of each map."""
-        maps = []
-        for k, (y, v, (H, W)) in enumerate(self.run(x, valid)):
-            if not self.cfg.maps or str(k + 1) in self.cfg.maps.split(","):
-                y = getattr(self, f"norm{2 * k}")(y, v) if self.cfg.maps else y
-                y = y[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))      # no class token
-                maps.append((y, None if v is None else v[:, -H * W:].reshape(-1, H, W)))
+        """The maps of normalised images: list of pairs (B, C, H, W) and valid (B, H, W) or None."""
+        maps, numbers = [], self.cfg.out_stage_numbers
+        for k, (y, v, (H, W)) in enumerate(self.forward_stages(x, valid)):
+            if numbers and k + 1 not in numbers:
+                continue
+            if numbers:
+                y = getattr(self, f"norm{2 * k}")(y, v)
+            y = y[:, -H * W:].transpose(1, 2).unflatten(2, (H, W))  # without the class token
+            v = None if v is None else v[:, -H * W:].reshape(-1, H, W)
+            maps.append((y, v))
         return maps
 
-    def run(self, x, valid):
-        """Normalised images to the tokens (B, N, C), valid (B, N) and grid after every stage."""
-        (IH, IW), outputs = x.shape[2:], []
-        grid, x = (IH, IW), x.flatten(2).transpose(1, 2)            # every pixel a token
+    def forward_stages(self, x, valid):
+        """Tokens (B, N, C), valid (B, N) and grid after each stage, from normalised images
+        (B, 3, IH, IW) and valid (B, IH, IW). Raises UserError for images beyond a fixed grid."""
+        IH, IW = grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)                            # every pixel a token
         valid = None if valid is None else valid.flatten(1)
+        outputs = []
         for k, blocks in enumerate(self.stages):
             x, valid, grid = self.downsample_layers[k](x, valid, grid)
-            (H, W), limit = grid, self.limits.get(k, max(grid))
-            if max(H, W) > limit:
-                raise ValueError(
+            (H, W), limit = grid, self.max_side_of_stage.get(k)
+            if limit and max(H, W) > limit:
+                raise UserError(
                     f"{IH} x {IW} pixels give stage {k + 1} {H} x {W} = {H * W} tokens, its "
                     f"{self.cfg.stages[k][2]} mixer or positions end at {limit} x {limit} = "
                     f"{limit**2}: build the model with image_size={max(IH, IW)}, or use images "
                     f"of at most {self.cfg.image_size}")
-            if self.pos_embed is not None and k == self.positions_at:
-                x, valid = self.add_positions(x, valid, H, W, limit)
+            if self.pos_embed is not None and k == self.positions_stage:
+                x, valid = self.add_positions(x, valid, grid)
             for block in blocks:
                 x = block(x, valid, grid)
             outputs.append((x, valid, grid))
         return outputs
 
-    def add_positions(self, x, valid, H, W, side):
+    def add_positions(self, x, valid, grid):
         """Adds the upper left part of the positions, and puts the class token first."""
+        (H, W), side = grid, self.max_side_of_stage[self.positions_stage]
         pos = self.pos_embed[:, -side * side:].unflatten(1, (side, side))
         x = x + pos[:, :H, :W].flatten(1, 2)
         if self.cls_token is not None:
@@ -381,17 +413,40 @@ class MetaFormer(nn.Module):
         return x, valid
 
 
-# sizes of arXiv:2111.11418, Table 1; stochastic depth as in the official training commands
-SMALL, MIDDLE = "64,128,320,512", "96,192,384,768"
-SIZES = {
-    "s12": dict(depths="2,2,6,2", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
-    "s24": dict(depths="4,4,12,4", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
-    "s36": dict(depths="6,6,18,6", widths=SMALL, layer_scale=1e-6, drop_path=0.2),
-    "m36": dict(depths="6,6,18,6", widths=MIDDLE, layer_scale=1e-6, drop_path=0.3,
-                crop_fraction=0.95),
-    "m48": dict(depths="8,8,24,8", widths=MIDDLE, layer_scale=1e-6, drop_path=0.4,
-                crop_fraction=0.95)}
-# arXiv:2111.11418, Table 5; the hybrids with attention normalise tokens, as their official code
+class MetaFormerBackbone(MetaFormer):
+    """Backbone of a DETR: the MetaFormer that a ModelConfig names, up to its backbone_stage."""
+
+    def __init__(self, cfg):
+        super().__init__(replace(METAFORMERS[cfg.backbone], out_stages=str(cfg.backbone_stage),
+                                 drop_path=0.0))
+        self.stride = 2 ** (cfg.backbone_stage + 1)
+
+    def forward(self, x, valid):
+        """The map (B, C, H, W) of normalised images (B, 3, IH, IW), and its valid or None."""
+        return self.stage_maps(x, valid)[-1]
+
+
+# -- the table of models -------------------------------------------------------------------------
+
+METAFORMERS = {"metaformer_tiny": MetaFormerConfig(                 # for the built-in shapes
+    depths="1,1,2,1", widths="32,64,128,160", drop_path=0.0, tokens_mlp_dim=64, image_size=64,
+    crop_fraction=1.0)}
+
+# PoolFormer: sizes of arXiv:2111.11418, Table 1; stochastic depth of the official commands
+SMALL, MEDIUM = "64,128,320,512", "96,192,384,768"
+POOLFORMERS = {
+    "s12": MetaFormerConfig(depths="2,2,6,2", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
+    "s24": MetaFormerConfig(depths="4,4,12,4", widths=SMALL, layer_scale=1e-5, drop_path=0.1),
+    "s36": MetaFormerConfig(depths="6,6,18,6", widths=SMALL, layer_scale=1e-6, drop_path=0.2),
+    "m36": MetaFormerConfig(depths="6,6,18,6", widths=MEDIUM, layer_scale=1e-6, drop_path=0.3,
+                            crop_fraction=0.95),
+    "m48": MetaFormerConfig(depths="8,8,24,8", widths=MEDIUM, layer_scale=1e-6, drop_path=0.4,
+                            crop_fraction=0.95)}
+METAFORMERS |= {f"poolformer_{size}": cfg for size, cfg in POOLFORMERS.items()}
+
+# PoolFormer-S12 with one thing changed: arXiv:2111.11418, Table 5. As in the official code, the
+# hybrids with attention normalise each token by itself.
+HYBRID = dict(norm="layer", positions=True, crop_fraction=0.95)
 ABLATIONS = {
     "identity": dict(mixers="identity"), "random": dict(mixers="random"),
     "conv": dict(mixers="conv"),
@@ -399,43 +454,45 @@ ABLATIONS = {
     "layernorm": dict(norm="layer"), "batchnorm": dict(norm="batch"), "nonorm": dict(norm="none"),
     "relu": dict(activation="relu"), "silu": dict(activation="silu"),
     "noresidual": dict(residual=False), "nomlp": dict(channel_mlp=False),
-    "pppa": dict(mixers="pool,pool,pool,attention", norm="layer", positions=True,
-                 crop_fraction=0.95),
-    "ppaa": dict(mixers="pool,pool,attention,attention", norm="layer", positions=True,
-                 crop_fraction=0.95),
+    "pppa": dict(mixers="pool,pool,pool,attention", **HYBRID),
+    "ppaa": dict(mixers="pool,pool,attention,attention", **HYBRID),
     "pppf": dict(mixers="pool,pool,pool,fc"),
     "ppff": dict(mixers="pool,pool,fc,fc", crop_fraction=0.95)}
-METAFORMERS = {"metaformer_tiny": MetaFormerConfig(             # for the built-in shapes
-    depths="1,1,2,1", widths="32,64,128,160", drop_path=0.0, token_dim=64, image_size=64,
-    crop_fraction=1.0)}
-METAFORMERS |= {f"poolformer_{s}": MetaFormerConfig(**size) for s, size in SIZES.items()}
-METAFORMERS |= {f"poolformer_s12_{name}": replace(METAFORMERS["poolformer_s12"], **change)
+METAFORMERS |= {f"poolformer_s12_{name}": replace(POOLFORMERS["s12"], **change)
                 for name, change in ABLATIONS.items()}
-# arXiv:2210.13452, Tables 1 and 2
+
+# the baselines, first those in the sizes of PoolFormer: arXiv:2210.13452, Tables 1 and 2
 BASELINES = dict(family="baselines", activation="starrelu", layer_scale=0.0, crop_fraction=1.0)
-METAFORMERS |= {f"{name}_{s}": replace(METAFORMERS[f"poolformer_{s}"], mixers=mixers, **BASELINES)
-                for name, mixers in (("identityformer", "identity"), ("poolformerv2", "pool"),
-                                     ("randformer", "identity,identity,random,random"))
-                for s in SIZES}
+METAFORMERS |= {f"identityformer_{size}": replace(cfg, mixers="identity", **BASELINES)
+                for size, cfg in POOLFORMERS.items()}
+METAFORMERS |= {f"poolformerv2_{size}": replace(cfg, mixers="pool", **BASELINES)
+                for size, cfg in POOLFORMERS.items()}
+METAFORMERS |= {f"randformer_{size}": replace(cfg, mixers="identity,identity,random,random",
+                                              **BASELINES) for size, cfg in POOLFORMERS.items()}
 METAFORMERS["randformer_m48"] = replace(METAFORMERS["randformer_m48"], drop_path=0.3)
-# depths, widths, stochastic depth of ConvFormer and of CAFormer, dropout in CAFormer's head
-CONV = dict(norm="layer", mlp_head=True, **BASELINES)
-CONV_SIZES = {"s18": ("3,3,9,3", SMALL, 0.2, 0.15, 0.0), "s36": ("3,12,18,3", SMALL, 0.3, 0.3, 0.4),
-              "m36": ("3,12,18,3", "96,192,384,576", 0.4, 0.4, 0.4),
-              "b36": ("3,12,18,3", "128,256,512,768", 0.6, 0.6, 0.5)}
-METAFORMERS |= {f"convformer_{s}": MetaFormerConfig(depths=depths, widths=widths, mixers="sepconv",
-                                                    drop_path=rate, **CONV)
-                for s, (depths, widths, rate, _, _) in CONV_SIZES.items()}
-METAFORMERS |= {f"caformer_{s}": MetaFormerConfig(depths=depths, widths=widths, drop_path=rate,
-                                                  mixers="sepconv,sepconv,attention,attention",
-                                                  head_dropout=dropout, **CONV)
-                for s, (depths, widths, _, rate, dropout) in CONV_SIZES.items()}
-# arXiv:2012.12877, Table 1 (DeiT, which is ViT); arXiv:2105.01601, Table 1
+
+M36, B36 = "96,192,384,576", "128,256,512,768"
+CONV = MetaFormerConfig(depths="3,12,18,3", mixers="sepconv", norm="layer", mlp_head=True,
+                        **BASELINES)
+CA = replace(CONV, mixers="sepconv,sepconv,attention,attention")
+METAFORMERS |= {
+    "convformer_s18": replace(CONV, depths="3,3,9,3", drop_path=0.2),
+    "convformer_s36": replace(CONV, drop_path=0.3),
+    "convformer_m36": replace(CONV, widths=M36, drop_path=0.4),
+    "convformer_b36": replace(CONV, widths=B36, drop_path=0.6),
+    "caformer_s18": replace(CA, depths="3,3,9,3", drop_path=0.15),
+    "caformer_s36": replace(CA, drop_path=0.3, head_dropout=0.4),
+    "caformer_m36": replace(CA, widths=M36, drop_path=0.4, head_dropout=0.4),
+    "caformer_b36": replace(CA, widths=B36, drop_path=0.6, head_dropout=0.5)}
+
+# ViT in the sizes of DeiT: arXiv:2012.12877, Table 1; MLP-Mixer: arXiv:2105.01601, Table 1
 ISOTROPIC = dict(family="isotropic", norm="layer", layer_scale=0.0)
-METAFORMERS |= {f"vit_{s}": MetaFormerConfig(depths="12", widths=C, mixers="attention",
-                                             positions=True, head_size=64, **ISOTROPIC)
-                for s, C in (("ti", "192"), ("s", "384"), ("b", "768"))}
-METAFORMERS |= {f"mixer_{s}16": MetaFormerConfig(depths=depth, widths=C, mixers="mlp",
-                                                 token_dim=token_dim, crop_fraction=0.875,
-                                                 **ISOTROPIC)
-                for s, depth, C, token_dim in (("s", "8", "512", 256), ("b", "12", "768", 384))}
+VIT = MetaFormerConfig(depths="12", widths="192", mixers="attention", head_size=64,
+                       positions=True, **ISOTROPIC)
+MIXER = MetaFormerConfig(depths="8", widths="512", mixers="mlp", crop_fraction=0.875, **ISOTROPIC)
+METAFORMERS |= {
+    "vit_ti": VIT,
+    "vit_s": replace(VIT, widths="384"),
+    "vit_b": replace(VIT, widths="768"),
+    "mixer_s16": MIXER,
+    "mixer_b16": replace(MIXER, depths="12", widths="768", tokens_mlp_dim=384)}

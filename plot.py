@@ -1,7 +1,7 @@
 """Curves of one or several runs in one picture: average precision and training loss by epoch.
 
     python plot.py out/attention out/pool --out curves.png
-    python plot.py out/log.txt detr_r50_official/log.txt        # the published log beside it
+    python plot.py out/log.txt detr-r50_log.txt                 # the published log beside it
 
 Reads log.txt, one JSON object per epoch. Needs matplotlib (requirements-dev.txt).
 """
@@ -15,26 +15,51 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from coco_eval import UserError, UserFileError
+
+
+DETECTORS, CLASSIFIERS = ("AP", "AP50"), ("top-1", "top-5")
+
 
 def read_log(path):
-    """The records of a log file, or of a folder's log.txt. Raises FileNotFoundError, ValueError."""
+    """The records of a log file, or of a folder's log.txt, each with "epoch" (from 0) and, where it
+    was tested, "scores" by name. Raises UserError, UserFileError."""
     path = os.path.join(path, "log.txt") if os.path.isdir(path) else path
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} not found: give log files of train.py or their folders")
+        raise UserFileError(f"{path} not found: give log files of train.py or their folders")
     records = []
     with open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(file):
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not a JSON object: {error}") from None
+                record = json.loads(line)
+                record.setdefault("epoch", number)       # the log published with DETR has none
+                if "test_coco_eval_bbox" in record:
+                    record["scores"] = dict(zip(DETECTORS, record["test_coco_eval_bbox"]))
+                elif "test_acc1" in record:
+                    percent = record["test_acc1"], record["test_acc5"]
+                    record["scores"] = dict(zip(CLASSIFIERS, (v / 100 for v in percent)))
+                record["train_loss"], record["epoch"] + 0
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{path}, line {number + 1} is no epoch of a log, a JSON object "
+                                f"with train_loss ({error!r})") from None
+            records.append(record)
     return records
 
 
 def label(path):
-    """The run's folder: out/pool/log.txt and out/pool are both "pool"."""
-    path = os.path.dirname(path) if path.endswith(".txt") else path
-    return os.path.basename(os.path.abspath(path))
+    """The run's name: "pool" for out/pool and out/pool/log.txt; "detr" for detr.txt."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.basename(folder) if name == "log.txt" else name.removesuffix(".txt")
+
+
+def draw(axes, path, records):
+    """The curves of one run: two scores and the training loss."""
+    tested = [r for r in records if "scores" in r]
+    for k, axis in enumerate(axes[:2]):
+        curve = [list(r["scores"].values())[k] for r in tested]
+        axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
+    axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
+                 marker=".", label=label(path))
 
 
 def main(argv=None):
@@ -43,23 +68,23 @@ def main(argv=None):
     parser.add_argument("logs", nargs="+", help="log files, or folders that hold a log.txt")
     parser.add_argument("--out", default="curves.png", help="the picture, .png or .svg")
     args = parser.parse_args(argv)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+
+    # detectors and classifiers in rows of their own
+    rows = {DETECTORS: [], CLASSIFIERS: []}
     for path in args.logs:
         records = read_log(path)
-        for r in records:                                # a classifier's: accuracies for AP, AP50
-            if "test_acc1" in r:
-                r["test_coco_eval_bbox"] = r["test_acc1"] / 100, r["test_acc5"] / 100
-        tested = [r for r in records if "test_coco_eval_bbox" in r]
-        for axis, number in zip(axes, (0, 1)):
-            curve = [r["test_coco_eval_bbox"][number] for r in tested]
-            axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
-        axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
-                     marker=".", label=label(path))
-    titles = ("top-1", "top-5") if any("test_acc1" in r for r in records) else ("AP", "AP50")
-    for axis, title in zip(axes, (*titles, "training loss")):
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
+        classifier = any("test_acc1" in r for r in records)
+        rows[CLASSIFIERS if classifier else DETECTORS].append((path, records))
+    rows = {names: runs for names, runs in rows.items() if runs}
+    figure, grid = plt.subplots(len(rows), 3, figsize=(13, 4 * len(rows)), layout="constrained",
+                                squeeze=False)
+    for axes, (names, runs) in zip(grid, rows.items()):
+        for path, records in runs:
+            draw(axes, path, records)
+        for axis, title in zip(axes, (*names, "training loss")):
+            axis.set(title=title, xlabel="epoch")
+            axis.grid(alpha=0.3)
+        axes[0].legend()
     figure.savefig(args.out, dpi=120)
     print(f"{len(args.logs)} run(s) drawn in {args.out}")
 
@@ -67,5 +92,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import torch
 
+from coco_eval import UserError, UserFileError
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
 from metaformer import MetaFormer
 from data import plan_validation
-from evaluate import check_device, load_model, postprocess
+from evaluate import check_device, check_finite, load_model, postprocess
 
 
 def find_images(paths):
@@ -26,22 +27,23 @@ def find_images(paths):
         if os.path.isdir(path):
             found = sorted(f for f in os.listdir(path) if f.lower().endswith(IMAGE_SUFFIXES))
             if not found:
-                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+                raise UserError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             files += [os.path.join(path, f) for f in found]
         elif os.path.exists(path):
             files.append(path)
         else:
-            raise FileNotFoundError(f"{path} not found: give image files or folders of them")
+            raise UserFileError(f"{path} not found: give image files or folders of them")
     return files
 
 
 @torch.inference_mode()
-def detect_image(model, image, image_size, max_size):
+def detect_image(model, image, name, image_size, max_size):
     """postprocess' dict of one PIL image in RGB, its arrays sorted by falling score."""
     h, w = plan_validation(image.height, image.width, image_size, max_size).size
     pixels = torch.from_numpy(np.array(image.resize((w, h), 2))).permute(2, 0, 1)[None]  # bilinear
     logits, boxes = model(pixels.to(next(model.parameters()).device))
     found = postprocess(logits[-1], boxes[-1], [(image.height, image.width)])[0]
+    check_finite(found, name)
     order = found["scores"].argsort(descending=True)
     return {name: values[order].cpu().numpy() for name, values in found.items()}
 
@@ -68,7 +70,7 @@ def main(argv=None):
     files = find_images(args.images)
     model, info = load_model(args.checkpoint, dilation=args.dilation)
     if isinstance(model, MetaFormer):
-        raise ValueError(f"{args.checkpoint} holds a classifier, which detects nothing; "
+        raise UserError(f"{args.checkpoint} holds a classifier, which detects nothing; "
                          f"evaluate.py gives its accuracy")
     model = model.eval().to(check_device(args.device))
     size = (args.image_size or info["train"].get("image_size", 800),
@@ -78,12 +80,12 @@ def main(argv=None):
     for path in files:
         try:
             image = read_image(path)
-        except (ValueError, OSError) as error:       # the others are still worth having
+        except UserError as error:                   # the others are still worth having
             print(f"error: {error}")
             results.append({"file": path, "error": str(error)})
             failed += 1
             continue
-        found = detect_image(model, image, *size)
+        found = detect_image(model, image, path, *size)
         keep = np.flatnonzero(found["scores"] >= args.threshold)[:args.top]
         boxes, scores = found["boxes"][keep], found["scores"][keep]
         names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]
@@ -111,5 +113,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
     try:
         main()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,61 +1,104 @@
-"""What a run says: banner, progress, logs, pictures; and why a step failed."""
+"""What a run says: banner, progress lines, logs, pictures; and why a step failed."""
 
+import itertools
 import json
+import math
+import os
 import random
 import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
-from PIL import Image
 import torch
+import torch.distributed as dist
+from PIL import Image
 
+from coco_eval import UserError, UserFileError
 from images import contact_sheet
-from data import cxcywh_to_xyxy
+from resnet import RESNETS
+from data import collate, cxcywh_to_xyxy, data_paths, to_device
+from matcher import NotFiniteError
+from losses import LOSS_TERMS, loss_normalizers
+from config import OVERFIT_REPEATS
+from evaluate import autocast, sum_over_processes
 
 
-# -- logs and pictures ---------------------------------------------------------------------------
-
-def draw_batch(images, valid, targets, classes):
-    """The images of a batch with their boxes, or the class of the whole, as the network gets them
-    (but for mixup and CutMix)."""
-    items = []
-    for image, v, target in zip(images, valid, targets):
-        h, w = int(v[:, 0].sum()), int(v[0].sum())
-        boxes = cxcywh_to_xyxy(target.get("boxes", torch.tensor([[0.5, 0.5, 1, 1]])))
-        boxes = boxes * torch.tensor([w, h, w, h])
-        picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
-        items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
-    return contact_sheet(items)
+def say(run, *words, **options):
+    """print, on rank 0. A closed output (`| head`) stops the run like SIGTERM."""
+    if run.rank == 0:
+        try:
+            print(*words, **options, flush=True)
+        except BrokenPipeError:
+            run.interrupt.update(stop=1.0, code=141)                 # 128 + SIGPIPE
+            sys.stdout = open(os.devnull, "w")
 
 
-def draw_predictions(rows, dataset, threshold=0.7):
-    """The first images of a data set with the detections (D, 7) that score over the threshold, or
-    with what a classifier takes some images of all classes for (D, 5), and what those it gets
-    wrong are."""
-    items, detector, n = [], rows.shape[1] == 7, len(dataset)
-    some = random.Random(0).sample(range(n), min(16, n))             # folders come class by class
-    for i in range(min(16, n)) if detector else sorted(some):
-        image = dataset.read(i)
-        r = rows[(rows[:, 0] == i) & (rows[:, 2] > (threshold if detector else 0))].numpy()
-        boxes = (np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1) if detector else
-                 np.array([[0, 0, *image.size]]))
-        names = [dataset.classes[int(k)] for k in r[:, 1]]
-        if not detector and r[0, 1] != r[0, 3]:
-            names = [f"{names[0]} (is {dataset.classes[int(r[0, 3])]})"]
-        items.append((image, boxes, names, r[:, 2]))
-    return contact_sheet(items)
+# -- banner --------------------------------------------------------------------------------------
+
+def banner(run):
+    """Lines on what was decided, before the first step."""
+    cfg, c = run.cfg, run.model_cfg
+    detector = hasattr(c, "num_queries")
+    train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
+    steps = run.train_loader.batch_sampler.steps
+    most = int(np.diff(train_set.offsets).max()) if detector else 1
+    data = {"coco": "COCO files", "image_folder": "class folders"}.get(cfg.kind)
+    if data:
+        data += f", {data_paths(cfg, 'train')[0] if detector else cfg.data}"
+    else:
+        why = "no --data, and no folder data/coco" if detector else "no --data"
+        data = f"built-in {cfg.kind.replace('_', ' ')}, {cfg.image_size} pixels ({why})"
+    if cfg.overfit:
+        data += f"; --overfit: {len(val_set)} images, {OVERFIT_REPEATS} passes an epoch"
+    objects = f", at most {most} objects in an image" if detector else ""
+    notes = [] if cfg.kind == "coco" or cfg.overfit else val_set.notes
+    return [
+        f"data     {data}",
+        f"         {len(train_set)} training and {len(val_set)} validation images, "
+        f"{len(train_set.classes)} classes{objects}",
+        *train_set.notes, *notes, *describe_model(run),
+        f"run      {run.world} process(es) on {run.device}, {str(run.dtype)[6:]}, "
+        f"{run.train_loader.num_workers} loader worker(s) each",
+        f"         {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images",
+        f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, "
+        f"predictions.jpg", *advice(run, steps, most)]
 
 
-def append_json(path, record):
-    """One more line of a log file."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room and give the same command "
-                      f"again") from None
+def describe_model(run):
+    """The banner's lines on the model."""
+    c, name = run.model_cfg, run.cfg.model
+    trained = sum(p.numel() for p in run.raw_model.parameters() if p.requires_grad)
+    if not hasattr(c, "backbone"):
+        return [f"model    {name}, mixers {c.mixers}, {trained:,d} trained parameters"]
+    norm = f", {c.backbone_norm} norm" if c.backbone in RESNETS else ""
+    return [f"model    {name}, encoder {c.encoder_mixer or c.mixer}, decoder "
+            f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
+            f"         {c.backbone}{norm}"]
 
 
-def clock(seconds):
+def advice(run, steps, most):
+    """The banner's lines on what will probably disappoint."""
+    cfg, lines, all_steps = run.cfg, [], steps * run.cfg.epochs
+    queries = getattr(run.model_cfg, "num_queries", most)
+    if most > queries:
+        lines.append(f"note     {most} objects in an image, but {queries} queries: the rest cannot "
+                     f"be found, raise --num_queries")
+    if cfg.kind == "coco" and not cfg.finetune and not cfg.overfit and all_steps < 100_000:
+        lines.append(f"note     {all_steps} steps; a DETR from scratch needs some 300,000: think "
+                     f"of --finetune with official weights")
+    if cfg.kind == "image_folder" and all_steps < 10_000 and cfg.lr < 5e-4 and not cfg.finetune:
+        lines.append(f"note     {all_steps} steps; PoolFormer's --lr and --warmup_epochs are for "
+                     f"375,000: think of --lr 1e-3 --warmup_epochs 1, or --finetune")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        lines.append(f"restart  {os.environ['TORCHELASTIC_RESTART_COUNT']} of torchrun")
+    return lines
+
+
+# -- progress and logs ---------------------------------------------------------------------------
+
+def hms(seconds):
     """Hours, minutes and seconds, 1:02:03."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
@@ -72,34 +115,258 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def append_json(path, record):
+    """Adds a line to a log file. Raises UserFileError."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserFileError(f"{path} cannot be written ({error}): make room and give the same "
+                            f"command again") from None
+
+
+class Interval:
+    """The steps since the last printed line: the sums of their losses, and their time."""
+
+    def __init__(self):
+        self.begin, self.steps_since_start = time.time(), 0
+        self.restart()
+
+    def restart(self):
+        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.time()
+
+    def elapsed(self):
+        return time.time() - self.begin
+
+    @contextmanager
+    def waiting(self, batches):
+        """Measures the time in which the loop waits for `batches`, a loader's iterator."""
+        start = time.time()
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            killed = [w.exitcode for w in getattr(batches, "_workers", ()) if w.exitcode]
+            if not killed:
+                raise
+            raise UserError(f"a DataLoader worker was killed (exit code {killed[0]}), usually for "
+                            f"lack of memory or of /dev/shm: try a smaller "
+                            f"--num_workers") from error
+        self.waited += time.time() - start
+
+    def add(self, losses):
+        """Adds the losses of a step, 0-dim tensors on the device; the host does not wait."""
+        self.sums = {k: self.sums.get(k, 0) + v.double() for k, v in losses.items()}
+        self.steps, self.steps_since_start = self.steps + 1, self.steps_since_start + 1
+
+    def close(self, run):
+        """Checks that all is finite, adds the interval to the epoch, prints and logs it."""
+        cfg, steps = run.cfg, run.train_loader.batch_sampler.steps
+        global_step = run.epoch * steps + run.step - 1
+
+        # the host waits for the device here; sums over processes are divided when they are shown
+        not_finite = int(self.sums.pop("not_finite"))
+        total = sum_over_processes(torch.stack(list(self.sums.values())).cpu())
+        sums = dict(zip(self.sums, total.tolist()))
+        bad = [name for name, value in sums.items() if not math.isfinite(value)]
+        if bad:                                                      # before anything is saved
+            first = global_step + 1 - max(not_finite, 1)
+            explain_not_finite(run, first, f"{bad[0]} is not finite")
+        sums["processes"] = self.steps * run.world
+        run.epoch_sums = {k: run.epoch_sums.get(k, 0) + v for k, v in sums.items()}
+
+        seconds, elapsed = time.time() - self.since, self.elapsed()
+        processes = sums.pop("processes")
+        record = dict(
+            epoch=run.epoch, step=run.step, lr=run.optimizer.param_groups[0]["lr"],
+            **{name: value / processes for name, value in sums.items()},
+            images_per_s=self.steps * cfg.batch_size / seconds, data_share=self.waited / seconds,
+            memory_gb=memory_gb(run.device), elapsed_s=elapsed,
+            eta_s=elapsed / self.steps_since_start * (steps * cfg.epochs - global_step - 1))
+        say(run, interval_line(record, steps))
+        if run.rank == 0:
+            append_json(os.path.join(cfg.output_dir, "steps.txt"), record)
+        self.restart()
+
+
 def interval_line(r, steps):
-    """What the terminal shows of a record of steps.txt."""
-    terms = [f"{t} {r[f'loss_{t}']:.3f}" for t in ("ce", "bbox", "giou") if f"loss_{t}" in r]
+    """The terminal's line of a record of steps.txt."""
+    terms = [f"{t} {r[f'loss_{t}']:.3f}" for t in LOSS_TERMS if f"loss_{t}" in r]
     terms = f" ({' '.join(terms)})" if terms else ""                 # a classifier has none
     return (f"epoch {r['epoch'] + 1:3d}  step {r['step']:5d}/{steps}  loss {r['loss']:.3f}{terms}  "
             f"wrong class {r['class_error']:3.0f}%  lr {r['lr']:.1e}  "
             f"{r['images_per_s']:.1f} images/s  data {r['data_share']:.0%}  "
-            f"{r['memory_gb']:.1f} GB  eta {clock(r['eta_s'])}")
+            f"{r['memory_gb']:.1f} GB  eta {hms(r['eta_s'])}")
 
 
-def epoch_record(sums, steps, loss_cfg):
-    """The epoch's means by the official log's names: the losses weighted, and again "_unscaled"."""
-    coefs = {term: getattr(loss_cfg, f"{term}_loss_coef", 1) for term in ("ce", "bbox", "giou")}
-    record = {}
+def epoch_record(run):
+    """The record of log.txt of the epoch that has just ended, by the official log's names: means of
+    the losses, weighted, and again "_unscaled"."""
+    coefs = {term: getattr(run.loss_cfg, f"{term}_loss_coef", 1) for term in LOSS_TERMS}
+    sums, record = dict(run.epoch_sums), {}
+    processes = sums.pop("processes")
     for name, value in sums.items():                                 # loss, loss_ce, loss_ce_0, ...
         term = name.split("_")[1] if name.startswith("loss_") else ""
-        record[f"train_{name}"] = value / steps * coefs.get(term, 1)
+        record[f"train_{name}"] = value / processes * coefs.get(term, 1)
         if name not in ("loss", "grad_norm"):
-            record[f"train_{name}_unscaled"] = value / steps
-    return record
+            record[f"train_{name}_unscaled"] = value / processes
+    trained = sum(p.numel() for p in run.raw_model.parameters() if p.requires_grad)
+    return {**record, "train_lr": run.optimizer.param_groups[0]["lr"], "epoch": run.epoch,
+            "n_parameters": trained}
 
 
-def evaluation_report(result):
-    """Of evaluate()'s dict: the number that tells which epoch is best, the terminal's words, and
-    the entries of log.txt, by the names of the official DETR and DeiT."""
+def detection_report(result):
+    """(score, line, entries) of an evaluation: the number to select the best epoch by, the line to
+    print, and the entries of log.txt by the official names."""
     stats = result["stats"].tolist()
-    if "precision" in result:
-        return stats[0], (f"AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}  AR100 "
-                          f"{stats[8]:.3f}"), {"test_coco_eval_bbox": stats}
-    return stats[0], f"top-1 {stats[0]:.2%}  top-5 {stats[1]:.2%}", {
-        "test_acc1": 100 * stats[0], "test_acc5": 100 * stats[1]}
+    line = f"AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}  AR100 {stats[8]:.3f}"
+    return stats[0], line, {"test_coco_eval_bbox": stats}
+
+
+def classification_report(result):
+    """The same of a classifier, by the names of DeiT."""
+    top1, top5, _ = result["stats"].tolist()
+    entries = {"test_acc1": 100 * top1, "test_acc5": 100 * top5}
+    return top1, f"top-1 {top1:.2%}  top-5 {top5:.2%}", entries
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+def draw_batch(run, images, valid, targets):
+    """Writes first_batch.jpg: the images of a batch with their boxes, or the class of the whole, as
+    the network gets them (but for mixup and CutMix)."""
+    items, classes = [], run.train_loader.dataset.classes
+    for image, v, target in zip(images, valid, targets):
+        h, w = int(v[:, 0].sum()), int(v[0].sum())
+        boxes = cxcywh_to_xyxy(target.get("boxes", torch.tensor([[0.5, 0.5, 1, 1]])))
+        boxes = boxes * torch.tensor([w, h, w, h])
+        picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
+        items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
+    contact_sheet(items).save(os.path.join(run.cfg.output_dir, "first_batch.jpg"))
+
+
+def draw_detections(result, dataset, threshold=0.7):
+    """The first 16 images of a data set with the detections that score over the threshold."""
+    rows, items = result["rows"].numpy(), []
+    for i in range(min(16, len(dataset))):
+        r = rows[(rows[:, 0] == i) & (rows[:, 2] > threshold)]
+        boxes = np.concatenate([r[:, 3:5], r[:, 3:5] + r[:, 5:]], 1)
+        items.append((dataset.read(i), boxes, [dataset.classes[int(k)] for k in r[:, 1]], r[:, 2]))
+    return contact_sheet(items)
+
+
+def draw_classes(result, dataset):
+    """16 random images titled with the predicted class, and the true one where it is wrong."""
+    n, items = len(dataset), []
+    for i in sorted(random.Random(0).sample(range(n), min(16, n))):  # folders come class by class
+        image = dataset.read(i)
+        _, k, probability, truth, _ = result["rows"][i].tolist()
+        name = dataset.classes[int(k)]
+        if k != truth:
+            name = f"{name} (is {dataset.classes[int(truth)]})"
+        items.append((image, np.array([[0, 0, *image.size]]), [name], np.array([probability])))
+    return contact_sheet(items)
+
+
+# -- when a step fails ---------------------------------------------------------------------------
+
+def name_step(run, global_step, micro_batches):
+    """Where the run is, as the terminal counts, and the ids of the images at hand."""
+    dataset = run.train_loader.dataset
+    epoch, step = divmod(global_step, run.train_loader.batch_sampler.steps)
+    index = [t["index"] for *_, targets in micro_batches for t in targets]
+    ids = [os.fsdecode(i) if isinstance(i, bytes) else i
+           for i in np.asarray(dataset.image_ids)[index].tolist()]
+    return f"epoch {epoch + 1}, step {step + 1}, rank {run.rank}, images {ids}", ids
+
+
+def last_saved(cfg):
+    """What a message can promise of the last checkpoint."""
+    path = os.path.join(cfg.output_dir, "ckpt.pt")
+    return f"{path} is as it was" if os.path.exists(path) else "nothing was saved yet"
+
+
+def is_out_of_memory(error):
+    """Whether it is that, of a GPU or of the system, for which torch has no class of its own."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def hint(error):
+    """What may help with an exception that is printed with its traceback."""
+    if is_out_of_memory(error):
+        return "out of memory; in an evaluation a smaller --eval_batch_size needs less"
+    if dist.is_initialized() and isinstance(error, RuntimeError):
+        return ("if it is about a connection, another process has failed or gone, and its own "
+                "message says why")
+    return "a bug, or a fork's new code; the traceback says where"
+
+
+def explain(error, run, global_step, micro_batches):
+    """Raises the UserError that says what can be said of an error in a step; returns for others,
+    after a line that says which step."""
+    cfg = run.cfg
+    where, _ = name_step(run, global_step, micro_batches)
+    if isinstance(error, NotFiniteError):
+        explain_not_finite(run, global_step, str(error))
+    if isinstance(error, UserError):
+        raise UserError(f"{where}: {error}") from None
+    if not is_out_of_memory(error):
+        print(f"in {where}:", file=sys.stderr, flush=True)
+        return
+    shapes = [tuple(images.shape) for images, *_ in micro_batches]
+    objects = sum(len(t["labels"]) for *_, targets in micro_batches for t in targets)
+    smaller = "--max_size" if hasattr(run.model_cfg, "num_queries") else "--image_size"
+    if run.dtype == torch.float32:
+        smaller += " or --dtype bfloat16"
+    raise UserError(
+        f"{where}: out of memory with images of {shapes} and {objects} objects "
+        f"({str(error).splitlines()[0]}). A larger --accumulate splits the step into smaller "
+        f"parts; a smaller {smaller} needs less; {last_saved(cfg)}") from error
+
+
+def losses_of(run, micro_batches, global_step):
+    """The losses of a step as numbers, of this process's micro-batches alone."""
+    alone, totals = replace(run, model=run.raw_model), {}
+    queries = getattr(run.model_cfg, "num_queries", 1)
+    normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
+    with torch.no_grad(), autocast(run.device, run.dtype):
+        for images, valid, targets in micro_batches:
+            batch = *to_device(images, valid, run.device), targets
+            losses = run.task.losses(alone, *batch, normalizers, global_step)
+            for name in ("loss", *(f"loss_{term}" for term in LOSS_TERMS)):
+                if name in losses:
+                    totals[name] = totals.get(name, 0) + losses[name].item()
+    return totals
+
+
+def explain_not_finite(run, global_step, text):
+    """Raises the UserError that names the step; writes its batch and the weights before it, which
+    no later step has changed, to nan_batch.pt."""
+    if dist.is_initialized():
+        dist.destroy_process_group()               # the other processes may not come along
+    cfg, loader = run.cfg, run.train_loader
+    epoch, step = divmod(global_step, loader.batch_sampler.steps)
+    loader.batch_sampler.set_epoch(epoch, step)
+    keys = itertools.islice(loader.batch_sampler, cfg.accumulate)
+    micro_batches = [collate([loader.dataset[key] for key in part]) for part in keys]
+    where, ids = name_step(run, global_step, micro_batches)
+    state = dict(epoch=epoch, step=step, rank=run.rank, image_ids=ids, reason=text,
+                 micro_batches=[(images, valid, list(map(dict, targets)))        # plain data
+                                for images, valid, targets in micro_batches],
+                 model={k: v.clone() for k, v in run.raw_model.state_dict().items()})
+
+    # the step's losses once more, on this process alone
+    try:
+        state["losses"] = losses_of(run, micro_batches, global_step)
+    except NotFiniteError:
+        state["losses"] = "nothing could be matched"
+    path = os.path.join(cfg.output_dir, f"nan_batch{f'_{run.rank}' if run.rank else ''}.pt")
+    try:
+        torch.save(state, path)
+        kept = f"batch and weights are in {path}"
+    except (OSError, RuntimeError) as error:
+        kept = f"{path} cannot be written ({error})"
+    raise UserError(
+        f"{where}: {text}\n  losses of this process: {state['losses']}\n  {kept}; "
+        f"{last_saved(cfg)}\n  usual causes: --lr {cfg.lr} or --lr_backbone is too high for this "
+        f"model, no --warmup_steps, no --clip_max_norm, or weights taken over that hold NaN; where "
+        f"in the network: torch.autograd.set_detect_anomaly(True)") from None

@@ -204,8 +204,11 @@ class ResNet(nn.Module):
             if cfg.backbone_norm == "frozen" and name.startswith(("conv1", "layer1")):
                 p.requires_grad_(False)
 
-    def forward(self, x):                                           # (B, 3, IH, IW)
+    def forward(self, x, valid=None):
+        """Normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None to those of the map."""
         x = F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), 3, 2, 1)
         for name in self.stages:
-            x = getattr(self, name)(x)
-        return x                                                    # (B, num_channels, H, W)
+            x = getattr(self, name)(x)                              # (B, num_channels, H, W)
+        if valid is not None:
+            valid = F.interpolate(valid[:, None].float(), size=x.shape[2:])[:, 0] > 0  # nearest
+        return x, valid
