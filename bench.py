@@ -441,7 +441,7 @@ def bench_model(args):
 def training_set(args):
     """The training set of --data, with the official augmentation."""
     if args.data:
-        paths = data.coco_paths(args.data, "train")
+        paths = data.data_paths(args, "train")
     elif args.train_json and args.train_images:
         paths = args.train_json, args.train_images
     else:
@@ -480,7 +480,7 @@ class OfficialItems(torch.utils.data.Dataset):
         import datasets.transforms as T
         from datasets.coco import CocoDetection
         self.dataset, self.T = dataset, T
-        self.items = CocoDetection(dataset.image_dir, dataset.json_path, None, False)
+        self.items = CocoDetection(dataset.image_dir, dataset.source, None, False)
         self.last = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406],
                                                          [0.229, 0.224, 0.225])])
 
@@ -490,8 +490,8 @@ class OfficialItems(torch.utils.data.Dataset):
         image, target = self.items[i]
         if plan.flip:
             image, target = T.hflip(image, target)
-        if plan.first:
-            image, target = T.resize(image, target, plan.first[::-1])
+        if plan.resize_before_crop:
+            image, target = T.resize(image, target, plan.resize_before_crop[::-1])
         if plan.crop:
             image, target = T.crop(image, target, plan.crop)
         return self.last(*T.resize(image, target, plan.size[::-1]))

@@ -1,22 +1,34 @@
-"""What is wrong with a data set? The checks of COCO files, and the command that runs them.
+"""Checks of data sets: the faults of COCO files, and the command that lists them with a summary.
 
-    python check_data.py DIR [--images]                    # a summary, then all faults
-    python check_data.py TRAIN_JSON TRAIN_IMAGES VAL_JSON VAL_IMAGES
+    python check_data.py DIR [--images]                    # DIR as for train.py --data
+    python check_data.py JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]
     faults = check_coco("instances.json", image_dir)       # a list of sentences
+
+The arrays of large files that passed the checks are kept in a cache, which is here too.
 """
 
 import argparse
+import hashlib
 import os
 import reprlib
 import sys
+import tempfile
 import time
-import warnings
+from contextlib import suppress
+from functools import partial
+
+try:
+    import fcntl
+except ImportError:                                # Windows
+    fcntl = None
 
 import numpy as np
 import torch
 
 from coco_eval import UserError, UserFileError, read_json
 
+
+# -- the checks of a COCO file -------------------------------------------------------------------
 
 def is_number(v):
     """Whether v is a number below 1e15 in magnitude: no bool, no NaN."""
@@ -30,156 +42,265 @@ def is_text(v):
 
 
 def is_id(v):
-    """Whether v can be an id: an integer of 64 bits or a string."""
-    return isinstance(v, int) and not isinstance(v, bool) and -2**63 <= v < 2**63 or is_text(v)
+    """Whether v can be an id: an integer of 64 bits, or text."""
+    return (type(v) is int and -2**63 <= v < 2**63) or is_text(v)
 
 
-def show(v):
+def short_repr(v):
     """repr(v), cut short where it is long or deep."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 100
     return brief.repr(v)
 
 
-def check_coco(data, path="annotations", image_dir=None):
-    """All faults of a COCO instances dict, or file: a list of sentences, empty for a sound one.
-
-    Each names the record by its id, the field and the value. With image_dir, files that are not
-    there are faults too. What training handles by itself is none: crowds, boxes that reach over the
-    border, boxes of zero width or height, images without annotations.
-    """
-    if isinstance(data, (str, os.PathLike)):
-        data, path = read_json(data, "a COCO instances file"), data
-    return [sentence for _, sentence in coco_faults(data, path, image_dir)]
-
-
-def coco_faults(data, path, image_dir):
-    """The faults as pairs (the record, a sentence); of the file as a whole: (data, a sentence)."""
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            yield data, (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
-                         f'"annotations": [...], "categories": [...]}}')
-            return
-    ids, names = {}, set()
-    for key, name in (("images", "image"), ("categories", "category"),
-                      ("annotations", "annotation")):
-        seen = ids[key] = set()
-        for k, record in enumerate(data[key]):
-            if not isinstance(record, dict):
-                yield record, f"{path}: {key}[{k}]: {show(record)} is not a record {{...}}"
-            elif is_id(record.get("id")):
-                if record["id"] in seen:
-                    yield record, f"{path}: {name} id {show(record['id'])} occurs twice"
-                seen.add(record["id"])
-            elif key != "annotations" or "id" in record:             # annotations may have none
-                yield record, (f"{path}: {key}[{k}]: id {show(record.get('id'))} is not an integer "
-                               f"of 64 bits or a string of one line")
-        if key != "annotations" and not data[key]:
-            yield data, f"{path}: the list of {key} is empty"
-        if key != "annotations" and len({type(v) for v in seen}) > 1:
-            yield data, f"{path}: {key} mix integer and string ids, use one of them"
-    there = set()                                # of plain files; links are asked one by one
-    if image_dir:
-        there = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
-    checks = (("images", "image", lambda r: image_faults(r, image_dir, there)),
-              ("categories", "category", lambda r: category_faults(r, names)),
-              ("annotations", "annotation",
-               lambda r: annotation_faults(r, ids["images"], ids["categories"])))
-    for key, name, faults_of in checks:
-        for k, record in enumerate(data[key]):
-            for fault in faults_of(record) if isinstance(record, dict) else ():
-                who = show(record["id"]) if "id" in record else f"number {k}"
-                where = f" (image {show(record.get('image_id'))})" if key == "annotations" else ""
-                yield record, f"{path}: {name} {who}{where}: {fault}"
-
-
-def without_faults(data, path, image_dir):
-    """`data` without the records that have faults and those that refer to them, or None where the
-    file as a whole has faults; and all faults, a list of sentences."""
-    faults = found = list(coco_faults(data, path, image_dir))
-    while found:
-        bad = {id(record) for record, _ in found}
-        if id(data) in bad:
-            return None, [sentence for _, sentence in faults]
-        data = {key: [r for r in data[key] if id(r) not in bad]
-                for key in ("images", "annotations", "categories")}
-        found = list(coco_faults(data, path, image_dir))
-    return data, [sentence for _, sentence in faults]
-
-
-def image_faults(record, image_dir, there):
-    """What is wrong with one image record: a list of phrases. `there`: the files in image_dir."""
+def image_faults(record):
+    """The faults of one image record: a list of phrases."""
     faults, name = [], record.get("file_name")
     for side in ("width", "height"):
         value = record.get(side)
         if type(value) is not int or not 0 < value < 1e6:
-            faults.append(f"{side} {show(value)} is not a positive integer below a million")
+            faults.append(f"{side} {short_repr(value)} is not a positive integer below a million")
     if not is_text(name):
-        faults.append(f"file_name {show(name)} is not a string that names a file")
-    elif (name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")):
-        faults.append(f"file_name {show(name)} leads out of the image folder")
-    elif image_dir and name not in there and not os.path.isfile(os.path.join(image_dir, name)):
-        faults.append(f"file {os.path.join(image_dir, name)} not found, or no file")
+        faults.append(f"file_name {short_repr(name)} is not a string that names a file")
+    elif name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
+        faults.append(f"file_name {short_repr(name)} leads out of the image folder")
     return faults
 
 
 def category_faults(record, names):
-    """What is wrong with one category: a list of phrases. `names`: those before it, added to."""
+    """The faults of one category: a list of phrases. names: a set, to which its name is added."""
     name = record.get("name")
     if not is_text(name):
-        return [f"name {show(name)} is not a string of one line"]
+        return [f"name {short_repr(name)} is not a string of one line"]
     if name in names:
-        return [f"name {show(name)} occurs twice, rename one or merge the two"]
+        return [f"name {short_repr(name)} occurs twice, rename one or merge the two"]
     names.add(name)
     return []
 
 
 def annotation_faults(record, image_ids, category_ids):
-    """What is wrong with one annotation: a list of phrases."""
-    faults = []
-    for field, known in (("image_id", image_ids), ("category_id", category_ids)):
+    """The faults of one annotation: a list of phrases."""
+    faults, box, area = [], record.get("bbox"), record.get("area")
+    for field, known, listed in (("image_id", image_ids, "images"),
+                                 ("category_id", category_ids, "categories")):
         value = record.get(field)
         if not is_id(value) or value not in known:
-            listed = {"image_id": "images", "category_id": "categories"}[field]
-            faults.append(f"{field} {show(value)} is not among the file's {listed}")
-    box, area = record.get("bbox"), record.get("area")
+            faults.append(f"{field} {short_repr(value)} is not among the file's {listed}")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        faults.append(f"bbox {show(box)} is not a list of 4 finite numbers [x, y, width, height]")
+        faults.append(f"bbox {short_repr(box)} is not a list of 4 finite numbers [x, y, width, "
+                      f"height]")
     elif box[2] < 0 or box[3] < 0:
-        faults.append(f"bbox {show(box)} has a negative width or height; it should be [x, y, w, h]")
+        faults.append(f"bbox {short_repr(box)} has a negative width or height; it should be "
+                      f"[x, y, w, h]")
     if record.get("iscrowd", 0) not in (0, 1, None):
-        faults.append(f"iscrowd {show(record['iscrowd'])} is not 0 or 1")
+        faults.append(f"iscrowd {short_repr(record['iscrowd'])} is not 0 or 1")
     if area is not None and not (is_number(area) and area >= 0):
-        faults.append(f"area {show(area)} is not a finite number of 0 or more")
+        faults.append(f"area {short_repr(area)} is not a finite number of 0 or more")
     return faults
 
 
-# -- the check of a data set: python data.py DIR [--images] --------------------------------------
+def file_faults(path, image_ids, names, image_dir):
+    """Yields a sentence for each image whose file is missing. image_ids, names: of the images."""
+    if not os.path.isdir(image_dir):
+        raise UserFileError(f"image folder {image_dir} not found: it should hold the images that "
+                            f"{path} lists")
+    existing_files = {f.name for f in os.scandir(image_dir) if f.is_file(follow_symlinks=False)}
+    for id_, name in zip(image_ids, names):
+        file = os.path.join(image_dir, name)
+        # a link, or a file in a folder below, takes a look of its own
+        if name not in existing_files and not os.path.isfile(file):
+            yield f"{path}: image {short_repr(id_)}: file {file} not found, or no file"
+
+
+def coco_faults(data, path, image_dir):
+    """Yields the sentences of check_coco; data: of any type, as JSON has it."""
+    # the file as a whole: without its three lists nothing else can be checked
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            yield (f'{path}: no list "{key}"; a COCO file is {{"images": [...], '
+                   f'"annotations": [...], "categories": [...]}}')
+            return
+
+    # ids
+    names = {"images": "image", "categories": "category", "annotations": "annotation"}
+    ids = {}
+    for key, name in names.items():
+        seen = ids[key] = set()
+        for k, record in enumerate(data[key]):
+            if not isinstance(record, dict):
+                yield f"{path}: {key}[{k}]: {short_repr(record)} is not a record {{...}}"
+            elif is_id(record.get("id")):
+                if record["id"] in seen:
+                    yield f"{path}: {name} id {short_repr(record['id'])} occurs twice"
+                seen.add(record["id"])
+            elif key != "annotations" or "id" in record:             # annotations may have none
+                yield (f"{path}: {key}[{k}]: id {short_repr(record.get('id'))} is not an integer "
+                       f"of 64 bits or a string of one line")
+        if key != "annotations" and not data[key]:
+            yield f"{path}: the list of {key} is empty"
+        if key != "annotations" and len({type(v) for v in seen}) > 1:
+            yield f"{path}: {key} mix integer and string ids, use one of them"
+
+    # the other fields
+    classes = set()
+    checks = {"images": image_faults, "categories": lambda r: category_faults(r, classes),
+              "annotations": lambda r: annotation_faults(r, ids["images"], ids["categories"])}
+    for key, name in names.items():
+        for k, record in enumerate(data[key]):
+            if not isinstance(record, dict):
+                continue
+            for fault in checks[key](record):
+                who = short_repr(record["id"]) if "id" in record else f"number {k}"
+                if key == "annotations":
+                    who += f" (image {short_repr(record.get('image_id'))})"
+                yield f"{path}: {name} {who}: {fault}"
+
+    # the image files
+    if image_dir:
+        images = [r for r in data["images"] if isinstance(r, dict) and not image_faults(r)]
+        yield from file_faults(path, [r.get("id") for r in images],
+                               [r["file_name"] for r in images], image_dir)
+
+
+def read_instances(path):
+    """The dict of a COCO instances file without the masks, most of its text: dropping them while
+    it is parsed halves the memory that is needed."""
+    def drop_mask(record):
+        record.pop("segmentation", None)
+        return record
+    return read_json(path, "a COCO instances file", drop_mask)
+
+
+def check_coco(data, path="annotations", image_dir=None):
+    """All faults of a COCO instances dict, or file: a list of sentences, empty for a sound one.
+
+    Each names the record by its id, the field and the value. With image_dir, a missing image file
+    is a fault too. These are not faults, because training handles them: crowds, boxes that reach
+    over the border, boxes of zero width or height, images without annotations.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        data, path = read_instances(data), data
+    return list(coco_faults(data, path, image_dir))
+
+
+def refuse(path, faults):
+    """Raises UserError if there are faults. It shows the first 20; its `faults` has all."""
+    faults = list(faults)
+    if not faults:
+        return
+    lines = [f"{path} has {len(faults)} fault(s), mend the file:", *faults[:20]]
+    if len(faults) > 20:
+        lines.append(f"... and {len(faults) - 20} more")
+    error = UserError("\n".join(lines))
+    error.faults = faults
+    raise error
+
+
+def describe_boxes(dataset):
+    """Lines on a DetectionDataset: how many boxes are not trained on, and whether they look as if
+    they were in another format."""
+    image = dataset.columns()["image"]
+    h, w = dataset.sizes[image].T
+    x2, y2 = (dataset.boxes[:, :2] + dataset.boxes[:, 2:]).T
+    boxes = dataset.clipped(slice(None), image)
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    over = (x2 > w + 2) | (y2 > h + 2)
+    lines = [f"         {len(image)} boxes; not trained on: {dataset.crowd.sum()} crowds, "
+             f"{empty.sum()} without area inside the image"]
+    if len(image) and over.mean() > 0.2:
+        lines.append(f"note     {over.mean():.0%} of the boxes reach over the border: are they "
+                     f"[x1, y1, x2, y2]? COCO's are [x, y, width, height]")
+    if len(image) and max(x2.max(), y2.max()) <= 1.5:
+        lines.append("note     no box reaches beyond 1.5 pixels: are they relative to the image's "
+                     "size? COCO's are in pixels")
+    return lines
+
+
+# -- a cache of large annotation files -----------------------------------------------------------
+
+CACHE_FORMAT = 1                                   # count up where read_coco or a check changes
+CACHED_FROM = 20_000_000                           # bytes of an annotation file
+
+
+def load_arrays(path):
+    """The dict of arrays that save_arrays wrote, mapped read-only; None where there is none."""
+    try:
+        record = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return {name: np.asarray(record[name][0]) for name in record.dtype.names}
+
+
+def save_arrays(path, arrays):
+    """Writes a dict of arrays, whole or not at all: as one record, as np.load maps one array."""
+    fields = [(name, array.dtype, array.shape) for name, array in arrays.items()]
+    record = np.empty(1, np.dtype(fields, align=True))
+    for name, array in arrays.items():
+        record[name][0] = array
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            np.save(file, record)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError:                                # a full disk, say
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+
+
+def cached_arrays(path, read):
+    """The dict of arrays that read() gives for an annotation file; large files are read only once.
+
+    One process reads, and writes the arrays to a cache, while the others on the machine wait; they
+    and all later runs map the cache, until the file changes. The cache is metaformer_detr_<user id>
+    in the folder for temporary files (TMPDIR) and can be deleted at any time. Where it cannot be
+    used, each process reads. COCO's training annotations take 15 s and 1.3 GB to read, 1 s to map.
+    """
+    if fcntl is None or not os.path.isfile(path) or os.path.getsize(path) < CACHED_FROM:
+        return read()
+    stat = os.stat(path)
+    key = f"{CACHE_FORMAT} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    try:
+        folder = os.path.join(tempfile.gettempdir(), f"metaformer_detr_{os.getuid()}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.stat(folder).st_uid != os.getuid():                    # another user can write there
+            return read()
+        lock = open(os.path.join(folder, f"{name}.lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)           # until it is closed or this process ends
+    except OSError:
+        return read()
+
+    with lock:
+        cache = os.path.join(folder, f"{name}.npy")
+        arrays = load_arrays(cache)
+        if arrays is None:
+            arrays = read()
+            save_arrays(cache, arrays)
+            arrays = load_arrays(cache) or arrays                    # mapped, the memory is shared
+    return arrays
+
+
+# -- the command: python check_data.py DIR [--images] -------------------------------------------
 
 def find_splits(paths):
-    """{split: function that gives its data set} of the paths on the command line."""
-    from data import CocoDataset, ImageFolder, coco_paths            # data.py uses the checks above
-    root = paths[0]
-    if len(paths) == 1 and os.path.isdir(os.path.join(root, "annotations")):
-        found = {split: coco_paths(root, split) for split in ("train", "val")}
-    elif len(paths) == 1 and os.path.isdir(os.path.join(root, "train")):
-        return {split: lambda split=split: ImageFolder(root, split) for split in ("train", "val")}
-    elif len(paths) == 2:
-        found = {"all": paths}
-    elif len(paths) == 4:
-        found = {"train": paths[:2], "val": paths[2:]}
+    """{split: function that builds its data set} of the paths on the command line."""
+    from config import TrainConfig                 # here, as both files import this one
+    from data import build_dataset
+    if len(paths) == 1:
+        root = paths[0]
+        folders = not os.path.isdir(f"{root}/annotations") and os.path.isdir(f"{root}/train")
+        cfg = TrainConfig(data=root, model="poolformer_s12" if folders else "detr_r50")
     else:
-        raise UserFileError(
-            f"{' '.join(paths)}: give a folder that holds annotations/instances_train2017.json and "
-            f"instances_val2017.json, train2017/ and val2017/; or one of class folders, "
-            f"train/<class>/*.jpg and val/<class>/*.jpg; or an annotation file and its image "
-            f"folder, or these two twice, for training and validation")
-    return {split: lambda pair=pair: CocoDataset(*pair, sound_part=True)
-            for split, pair in found.items()}
+        train_json, train_images, val_json, val_images = (paths * 2)[:4]
+        cfg = TrainConfig(train_json=train_json, train_images=train_images, val_json=val_json,
+                          val_images=val_images)
+    splits = {"all": "train"} if len(paths) == 2 else {"train": "train", "val": "val"}
+    return {name: partial(build_dataset, cfg, split) for name, split in splits.items()}
 
 
 class OpenedImages(torch.utils.data.Dataset):
-    """What reading each image of `dataset` gives: ((height, width) or None, fault, remark)."""
+    """(height, width) of every image of a data set, or a sentence where it cannot be read."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -188,34 +309,30 @@ class OpenedImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                image = self.dataset.read(i)
-            except (ValueError, OSError) as error:
-                return None, str(error), ""
-        remarks = sorted({" ".join(str(w.message).split()) for w in said})
-        remark = f"note     {self.dataset.path(i)}: {'; '.join(remarks)}" if remarks else ""
-        return (image.height, image.width), "", remark
+        try:
+            image = self.dataset.read(i)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return image.height, image.width
 
 
 def open_images(dataset, workers):
-    """Sizes (N, 2) of the images of a data set, faults and remarks: all are read as in training."""
+    """Opens all images of a data set as training does: (sizes (N, 2), faults)."""
     loader = torch.utils.data.DataLoader(OpenedImages(dataset), 32, num_workers=workers,
                                          collate_fn=list)
-    results, said = [], time.time()
+    sizes, faults, printed = [], [], time.time()
     for batch in loader:
-        results += batch
-        if time.time() - said > 10:
-            said, broken = time.time(), sum(bool(fault) for _, fault, _ in results)
-            print(f"         {len(results)} of {len(dataset)} images opened, {broken} with faults",
-                  flush=True)
-    sizes, faults, remarks = ([r[k] for r in results if r[k]] for k in range(3))
-    return np.array(sizes).reshape(-1, 2), faults, remarks
+        sizes += [found for found in batch if not isinstance(found, str)]
+        faults += [found for found in batch if isinstance(found, str)]
+        if time.time() - printed > 10:
+            printed = time.time()
+            print(f"         {len(sizes) + len(faults)} of {len(dataset)} images opened, "
+                  f"{len(faults)} with faults", flush=True)
+    return np.array(sizes).reshape(-1, 2), faults
 
 
 def describe_dataset(dataset, sizes):
-    """Lines on the images, of these sizes where they are known, and the objects of a data set."""
+    """Lines on a data set; sizes (N, 2) of its images, or () where they are not known."""
     lines = [f"         {len(dataset)} images"]
     if len(sizes):
         low, middle, high = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int)
@@ -223,80 +340,94 @@ def describe_dataset(dataset, sizes):
                      f"{high[0]} high (median {middle[0]})")
     if not hasattr(dataset, "boxes"):                                # of a classifier
         return lines + dataset.notes
+
+    # objects per image, and their sizes
     counts = [len(dataset.objects(i)[0]) for i in range(len(dataset))]
     side = np.sqrt(dataset.area[~dataset.crowd])
+    small, large = (side < 32).sum(), (side >= 96).sum()
     lines += [f"         {counts.count(0)} images without objects to train on; at most "
               f"{max(counts)} in one",
-              f"         {(side < 32).sum()} objects small (area under 32 x 32 pixels), "
-              f"{((side >= 32) & (side < 96)).sum()} medium, {(side >= 96).sum()} large (over "
-              f"96 x 96)", *dataset.notes]
+              f"         {small} objects small (area under 32 x 32 pixels), "
+              f"{len(side) - small - large} medium, {large} large (over 96 x 96)", *dataset.notes]
+
+    # duplicates
     boxes = np.column_stack([dataset.columns()["image"], dataset.labels, dataset.boxes])
-    for what, rows in (("image file(s)", dataset.files), ("box(es) of the same class", boxes)):
+    for name, rows in (("image file(s)", dataset.files), ("box(es) of the same class", boxes)):
         again = len(rows) - len(np.unique(rows, axis=0))
         if again:
-            lines.append(f"note     {again} {what} listed once more")
+            lines.append(f"note     {again} {name} listed once more")
     return lines
 
 
 def objects_table(datasets):
-    """Lines: how many objects, or images of a classifier, of each class are in each data set."""
-    columns = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
-               for d in datasets.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    head = "objects" if hasattr([*datasets.values()][0], "boxes") else "images"
-    rows = [(head, *datasets), *((n, *(c.get(n, "-") for c in columns)) for n in names)]
-    wide = max(len(row[0]) for row in rows)
-    return [f"{name:{wide}s}" + "".join(f" {v:>8}" for v in row) for name, *row in rows]
+    """Lines: the number of objects, or of a classifier's images, by class and split."""
+    counts = [dict(zip(d.classes, np.bincount(d.labels, minlength=len(d.classes)).tolist()))
+              for d in datasets.values()]
+    detector = all(hasattr(d, "boxes") for d in datasets.values())
+    rows = [("objects" if detector else "images", *datasets)]
+    for name in dict.fromkeys(name for count in counts for name in count):
+        rows.append((name, *(count.get(name, "-") for count in counts)))
+    width = max(len(row[0]) for row in rows)
+    return [f"{name:{width}s}" + "".join(f" {v:>8}" for v in values) for name, *values in rows]
 
 
 def compare_splits(train, val):
-    """Faults, and notes, on two splits of one data set: lists of lines."""
+    """Faults and notes on two splits of one data set: two lists of sentences."""
     faults, notes = [], []
     for name, a, b in (("validation", train, val), ("training", val, train)):
         lacking = [c for c in a.classes if c not in b.classes]
         if lacking:
             faults.append(f"the {name} set lacks classes that the other has: {lacking}")
-    train_files, val_files = ({os.path.realpath(d.path(i)) for i in range(len(d))}
-                              for d in (train, val))
-    both = sorted(train_files & val_files)
+    files = [{os.path.realpath(d.path(i)) for i in range(len(d))} for d in (train, val)]
+    both = sorted(files[0] & files[1])
     if both:
         notes.append(f"note     {len(both)} file(s) in both splits, so that the evaluation sees "
-                     f"what was trained on: {', '.join(both[:3])}")
+                     f"images of the training: {', '.join(both[:3])}")
     return faults, notes
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        usage="python data.py DIR [--images], or JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]",
+        usage="python check_data.py DIR | JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]",
         description="Check a data set: a summary, then all its faults; exit code 1 if it has any.")
     parser.add_argument("paths", nargs="+", help="DIR laid out like COCO, or with class folders; "
                         "or annotation file and image folder, of one split or of two")
     parser.add_argument("--images", action="store_true", help="open and decode every image, too")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for it")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(),
+                        help="processes that open the images")
     args = parser.parse_args(argv)
+    if len(args.paths) not in (1, 2, 4):
+        parser.error(f"{len(args.paths)} paths: give one, two or four of them")
+
+    # each split: a summary, or that it has faults
     datasets, faults = {}, []
     for split, build in find_splits(args.paths).items():
         try:
-            dataset = datasets[split] = build()
-        except (ValueError, OSError) as error:
-            faults += str(error).split("\n", 1)[-1].splitlines()     # without a list's heading
+            dataset = build()
+        except (UserError, OSError) as error:
+            found = getattr(error, "faults", [str(error)])
+            print(f"{split:8s} refused for {len(found)} fault(s), listed below")
+            faults += found
             continue
-        faults += (new := getattr(dataset, "faults", []))
-        sizes, remarks = getattr(dataset, "sizes", ()), []
-        print(f"{split:8s} {getattr(dataset, 'json_path', '') or dataset.folder}"
-              + (f", {len(new)} fault(s), see below; of what has none:" if new else ""), flush=True)
+        datasets[split] = dataset
+        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}", flush=True)
+        sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:
-            sizes, new, remarks = open_images(dataset, args.num_workers)
-            faults += new
-        print(*describe_dataset(dataset, sizes), *remarks, sep="\n")
+            sizes, found = open_images(dataset, args.num_workers)
+            faults += found
+        print(*describe_dataset(dataset, sizes), sep="\n")
+
+    # all splits together
     if datasets:
         print(*objects_table(datasets), sep="\n")
     if len(datasets) == 2:
-        new, notes = compare_splits(*datasets.values())
-        faults += new
-        print(*notes, sep="\n", end="\n" * bool(notes))
+        found, notes = compare_splits(*datasets.values())
+        faults += found
+        for note in notes:
+            print(note)
+    faults = list(dict.fromkeys(faults))           # a wrong DIR is one fault of both splits
     print(f"{len(faults)} fault(s):" if faults else "no faults", *faults, sep="\n")
-    sys.exit(int(bool(faults)))
+    sys.exit(1 if faults else 0)
 
 
 def command():

@@ -21,7 +21,7 @@ from coco_eval import UserError, UserFileError
 from options import check_options
 from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
                     read_image, resized)
-from check_data import is_text, show
+from check_data import is_text, short_repr
 
 
 # -- augmentation --------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class ClassificationDataset(torch.utils.data.Dataset):
         target = {"labels": torch.tensor(self.labels[i:i + 1]), "index": i}
         return torch.from_numpy(pixels).permute(2, 0, 1), target
 
-    def keep(self, n):
+    def keep_only(self, n):
         """Keeps only n images, of every class in turn, and returns the data set."""
         if len(self) < n:
             raise UserError(f"--overfit {n}: there are only {len(self)} images")
@@ -270,7 +270,7 @@ class ImageFolder(ClassificationDataset):
         if not found:
             raise UserError(f"{self.folder} has no class folders: {layout}; a flat folder, such as "
                             f"ImageNet's of validation images, does not tell their classes")
-        odd = [show(name) for name in found if not is_text(name)]
+        odd = [short_repr(name) for name in found if not is_text(name)]
         if odd:
             raise UserError(f"{self.folder}: the names of the class folders {', '.join(odd[:20])} "
                             f"are not one line of text in UTF-8, rename them")

@@ -452,13 +452,16 @@ def mask_overlap(dt, gt, crowd):
 
 # -- reading of COCO files -----------------------------------------------------------------------
 
-def read_json(path, what):
-    """The JSON in a file; errors name the file, `what` says what it should hold."""
+def read_json(path, what, object_hook=None):
+    """The JSON in a file; errors name the file, `what` says what it should hold.
+
+    object_hook(dict) returns what takes the place of each object, as in json.load.
+    """
     collects = gc.isenabled()
     gc.disable()                                    # it would rescan the growing tree many times
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+            return json.load(file, object_hook=object_hook)
     except FileNotFoundError:
         raise UserFileError(f"{path} not found: it should hold {what}") from None
     except (ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 from coco_eval import UserError, UserFileError
 from images import contact_sheet
 from resnet import RESNETS
-from data import collate, cxcywh_to_xyxy, data_paths, to_device
+from data import collate, cxcywh_to_xyxy, to_device
 from matcher import NotFiniteError
 from losses import LOSS_TERMS, loss_normalizers
 from config import OVERFIT_REPEATS
@@ -44,9 +44,9 @@ def banner(run):
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     steps = run.train_loader.batch_sampler.steps
     most = int(np.diff(train_set.offsets).max()) if detector else 1
-    data = {"coco": "COCO files", "image_folder": "class folders"}.get(cfg.kind)
+    data = {"coco": "annotations", "image_folder": "class folders"}.get(cfg.kind)
     if data:
-        data += f", {data_paths(cfg, 'train')[0] if detector else cfg.data}"
+        data += f", {train_set.source if detector else cfg.data}"
     else:
         why = "no --data, and no folder data/coco" if detector else "no --data"
         data = f"built-in {cfg.kind.replace('_', ' ')}, {cfg.image_size} pixels ({why})"

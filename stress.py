@@ -46,7 +46,7 @@ from PIL import Image
 import train
 from images import read_image
 from coco_eval import coco_eval, summary
-from check_data import show
+from check_data import short_repr
 from data import CocoDataset, EvalSampler, TrainSampler, collate, cxcywh_to_xyxy
 from model import build_model
 from losses import set_loss
@@ -284,7 +284,7 @@ def mutate(content, rng):
         if len(path) < 2 or not isinstance(records, list) or len(records) <= path[1]:
             return {f'"{path[0]}"', f"list of {path[0]}", f"{path[0]}["}
         id_ = records[path[1]].get("id") if isinstance(records[path[1]], dict) else None
-        return {f"{path[0]}[{path[1]}]", f"number {path[1]}", show(id_)}
+        return {f"{path[0]}[{path[1]}]", f"number {path[1]}", short_repr(id_)}
     before, kind, old = names(path), rng.randrange(12), node[key]
     if kind < 4:
         node[key] = copy.deepcopy(rng.choice(ODD_VALUES))

@@ -382,9 +382,9 @@ def build_datasets(cfg, model_cfg):
     train_set = build_dataset(cfg, "train", None, crop_fraction)
     val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction)
     if cfg.kind == "coco" and not len(train_set.boxes):
-        raise UserError(f"{train_set.json_path} has no annotations, there is nothing to learn")
+        raise UserError(f"{train_set.source} has no annotations, there is nothing to learn")
     if cfg.kind == "coco" and val_set.missing:
-        raise UserError(f"{val_set.json_path} lacks categories that {train_set.json_path} has: "
+        raise UserError(f"{val_set.source} lacks categories that {train_set.source} has: "
                         f"{val_set.missing[:20]}; both must list the same ones")
     return train_set, val_set
 
