@@ -1,30 +1,25 @@
-"""Speed and memory, one JSON line per run.
+"""Speed and memory, one JSON line per run; sizes of all models.
 
-    python bench.py step                            # match, loss, backward, clip, optimizer too
     python bench.py forward --batch_size 1 --height 480 --width 640 --dtype bfloat16
-    python bench.py loss --batch_size 8 --objects 20            # matching and loss alone
-    python bench.py step --without sdpa fused_adamw             # beside ours with these two off
-    python bench.py step --each --memory                        # ... with one lever off at a time
-    python bench.py step --official ../detr                     # beside the official code
-    python bench.py loader --data coco --images 64 --official ../detr
-    python bench.py padding --data coco             # share of padding by batch size, from the sizes
-    python bench.py mixers --threads 2 --plot mixers.png        # encoder by mixer and tokens
-    python bench.py loop --num_workers 1 --model detr_tiny      # what the training loop adds
-    python bench.py sizes --height 480 --width 640  # parameters, multiply-adds, speed of all models
+    python bench.py loss --batch_size 8 --objects 20            # matching and loss, no network
+    python bench.py step                                        # a whole optimizer step
+    python bench.py step --without folded_norm fused_adamw      # ... with and without these two
+    python bench.py step --each --memory                        # ... and without one at a time
+    python bench.py step --official ../detr                     # ... and by the official code
+    python bench.py loader --data coco --batch_size 8           # images/s, and share of padding
+    python bench.py mixers --batch_size 1 --plot mixers.png     # encoder by mixer and tokens
     python bench.py evaluator                       # COCO evaluation of 500,000 detections
-    python bench.py evaluator --peers --repeats 5   # beside pycocotools and others, if installed
+    python bench.py evaluator --peers --repeats 5   # ... and by pycocotools and others
+    python bench.py sizes                           # parameters, multiply-adds, speed of all models
 
-What is compared runs in turn, A B C A B C ..., on the same work and weights; medians, and "ratio":
-the time of each over ours. Evaluators: CPU seconds, user and system, each in a process of its own.
---official takes a clone of facebookresearch/detr and the torchvision that it needs.
+Runs that are compared do the same work with the same weights and alternate, A B C A B C ...;
+"seconds" are medians and extremes, "ratio" is the median of each over that of ours. An evaluator
+runs in a process of its own, whose CPU seconds (user and system) are counted.
 """
 
 import argparse
-import contextlib
-import functools
 import importlib.util
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -32,92 +27,52 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import mixers as mixers_py
-import images as images_py
-import resnet as resnet_py
-import metaformer as metaformer_py
 import data
-import model as model_py
-import matcher
 import losses
+import matcher
+import resnet
 import train
+from coco_eval import UserError
+from evaluate import autocast
+from metaformer import METAFORMERS, TokenGroupNorm
+from mixers import MIXERS
+from model import MODELS, Encoder, build_model
 
-# what can be turned off, and the modes in which it can matter; without_levers says for what
-LEVERS = {
-    "channels_last": ("forward", "step"), "sdpa": ("forward", "step"),
-    "mask_none": ("forward", "step"), "folded_norm": ("forward", "step"),
-    "fused_adamw": ("step",), "reused_grads": ("step",), "fast_dropout": ("step",),
-    "async_log": ("step",), "one_transfer": ("step", "loss"),
-    "broadcast_l1": ("step", "loss"), "per_image_cost": ("step", "loss"), "uint8": ("loader",)}
+DETECTORS = [name for name in MODELS if name not in METAFORMERS]
 
 
-# -- levers off ----------------------------------------------------------------------------------
-
-@torch.no_grad()
-def cdist_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou):
-    """matching_cost with its L1 distance by cdist."""
-    labels, target_boxes = matcher.pad_targets(targets, logits.shape[-1] - 1, logits.device)
-    L, B, Q, _ = boxes.shape
-    p = logits.softmax(-1).gather(3, labels[None, :, None].expand(L, B, Q, -1))
-    l1 = torch.cdist(boxes, target_boxes.expand(L, -1, -1, -1), p=1)
-    giou = data.generalized_box_iou(data.cxcywh_to_xyxy(boxes), data.cxcywh_to_xyxy(target_boxes))
-    return cost_bbox * l1 - cost_class * p - cost_giou * giou
-
+# -- levers: what makes the product fast, each with what it replaces -----------------------------
 
 @torch.no_grad()
 def all_pairs_cost(logits, boxes, targets, *weights, cost=matcher.matching_cost):
-    """matching_cost by way of all queries and all objects of the batch, as if of one image."""
-    (L, B, Q, _), counts = boxes.shape, [len(t["labels"]) for t in targets]
+    """matching_cost that computes all queries of the batch with all objects of the batch."""
+    L, B, Q, _ = boxes.shape
+    counts = [len(t["labels"]) for t in targets]
     whole = {k: torch.cat([t[k] for t in targets]) for k in ("labels", "boxes")}
-    pairs = cost(logits.view(L, 1, B * Q, -1), boxes.view(L, 1, B * Q, 4), [whole], *weights)
-    blocks = pairs.view(L, B, Q, -1).split(counts, -1)
-    return torch.stack([F.pad(block[:, b], (0, max(counts) - counts[b]))
-                        for b, block in enumerate(blocks)], 1)
+    costs = cost(logits.view(L, 1, B * Q, -1), boxes.view(L, 1, B * Q, 4), [whole], *weights)
+    own = [block[:, b] for b, block in enumerate(costs.view(L, B, Q, -1).split(counts, -1))]
+    return torch.stack([F.pad(c, (0, max(counts) - c.shape[-1])) for c in own], 1)
 
 
 def match_by_layer(logits, boxes, targets, *weights):
+    """match of all layers with a transfer to the host for each."""
     return [matcher.match(x, b, targets, *weights) for x, b in zip(logits, boxes)]
 
 
-def always_masked(images, valid, device):
-    return images.to(device), valid.to(device)
-
-
-def norm_of_conv(x, conv, norm):
-    return norm(conv(x))
-
-
-def free_gradients(optimizer, step=torch.optim.AdamW.step):
-    """A step after which no gradient is kept, so that the next forward pass runs without them."""
-    step(optimizer)
-    optimizer.zero_grad()
-
-
-def read_losses(*args, step=train.train_step):
-    return {name: value.item() for name, value in step(*args).items()}
-
-
-def float_item(self, key, item=data.DetectionDataset.__getitem__):
-    """Normalised in the loader, four bytes per value."""
-    image, target = item(self, key)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images_py.PIXEL_MEAN, images_py.PIXEL_STD))
-    return (image.float() - mean) / std, target
-
-
 class PlainAdamW(torch.optim.AdamW):
-    """torch's default, which knows nothing of found_inf."""
+    """torch's default, which updates one tensor after another and does not read found_inf."""
 
     def __init__(self, groups, fused):
         super().__init__(groups)
@@ -127,69 +82,72 @@ class PlainAdamW(torch.optim.AdamW):
         super().step()
 
 
+def float_item(self, key, item=data.DetectionDataset.__getitem__):
+    """An item normalised in the loader, four bytes per value."""
+    image, target = item(self, key)
+    return resnet.Normalise()(image[None], None)[0], target
+
+
+# lever: the modes in which it can matter; the object, its attribute, and what turns the lever off
+LEVERS = {
+    "channels_last": (("forward", "step"), torch, "channels_last", torch.contiguous_format),
+    "folded_norm": (("forward", "step"), resnet, "conv_norm", lambda x, conv, norm: norm(conv(x))),
+    "fused_adamw": (("step",), torch.optim, "AdamW", PlainAdamW),
+    "one_transfer": (("step", "loss"), losses, "match", match_by_layer),
+    "per_image_cost": (("step", "loss"), matcher, "matching_cost", all_pairs_cost),
+    "uint8": (("loader",), data.DetectionDataset, "__getitem__", float_item)}
+
+
 def without_levers(off):
     """A context in which the product lacks the levers `off`."""
-    cost = cdist_cost if "broadcast_l1" in off else matcher.matching_cost
-    if "per_image_cost" in off:
-        cost = functools.partial(all_pairs_cost, cost=cost)
-    replacements = {
-        "channels_last": (torch, "channels_last", torch.contiguous_format),
-        "sdpa": (F, "scaled_dot_product_attention", mixers_py.explicit_attention),
-        "mask_none": (train, "to_device", always_masked),
-        "folded_norm": (resnet_py, "conv_norm", norm_of_conv),
-        "fused_adamw": (torch.optim, "AdamW", PlainAdamW),
-        "reused_grads": (torch.optim.AdamW, "step", free_gradients),
-        "fast_dropout": (mixers_py, "dropout", F.dropout),
-        "async_log": (train, "train_step", read_losses),
-        "one_transfer": (losses, "match", match_by_layer),
-        "broadcast_l1": (matcher, "matching_cost", cost),
-        "per_image_cost": (matcher, "matching_cost", cost),
-        "uint8": (data.DetectionDataset, "__getitem__", float_item)}
-    stack = contextlib.ExitStack()
+    stack = ExitStack()
     for lever in off:
-        stack.enter_context(patch.object(*replacements[lever]))
-    if "fast_dropout" in off:
-        stack.enter_context(patch.object(model_py, "dropout", F.dropout))
+        _, owner, name, replacement = LEVERS[lever]
+        stack.enter_context(patch.object(owner, name, replacement))
     return stack
 
 
 # -- measuring -----------------------------------------------------------------------------------
 
-def wait(device):
+def seconds_of(run, device):
+    """Seconds until the device has finished the run."""
     if device == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def in_turn(runs, args):
-    """Seconds of each repeat of each of {name: (run, levers off)}, in turn after a first round."""
+def time_interleaved(runs, args):
+    """Seconds of every repeat of {name: (run, levers off)}; a first round is not counted."""
     times = {name: [] for name in runs}
-    for k in range(args.repeats + 1):
+    for _ in range(args.repeats + 1):
         for name, (run, off) in runs.items():
-            torch.backends.cuda.matmul.allow_tf32 = name != "official"    # as train.py
+            tf32 = args.mode != "forward" and name != "official"          # as in train.py
+            torch.backends.cuda.matmul.allow_tf32 = tf32
             with without_levers(off):
-                wait(args.device)
-                start = time.perf_counter()
-                run()
-                wait(args.device)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds_of(run, args.device))
     return {name: t[1:] for name, t in times.items()}
 
 
-def summary(times):
-    """{name: median, least and largest of its times}, and the ratios of the medians to ours."""
-    seconds = {name: dict(median=round(statistics.median(t), 6), min=round(min(t), 6),
-                          max=round(max(t), 6)) for name, t in times.items()}
-    ours = next(iter(seconds.values()))["median"]
-    return {"seconds": seconds, "ratio": {name: round(s["median"] / ours, 3)
-                                          for name, s in list(seconds.items())[1:]}}
+def summary(times, images):
+    """Of {name: times}: seconds, speed on `images` images, and medians over the first one's."""
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    first, *others = medians
+    return {"seconds": {name: dict(median=round(medians[name], 6), min=round(min(t), 6),
+                                   max=round(max(t), 6)) for name, t in times.items()},
+            "ratio": {name: round(medians[name] / medians[first], 3) for name in others},
+            "images_per_s": {name: round(images / median, 3) for name, median in medians.items()}}
 
 
 def peak_mb(device="cpu"):
-    """The most memory since forget_peak, of the GPU or of this process (Linux; getrusage would
-    count its parent, too)."""
+    """Peak memory since forget_peak; on Linux by VmHWM, as getrusage counts the parent, too."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+    with open("/proc/self/status") as file:
+        return int(file.read().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def forget_peak(device="cpu"):
@@ -199,16 +157,30 @@ def forget_peak(device="cpu"):
         file.write("5")
 
 
-def peak_memory(make, device):
-    """MB that a run and doing it twice need beyond what there was before; what was needed to make
-    it, and is gone (a second model, say), does not count."""
+def peak_memory(build, device):
+    """Peak MB of two runs above the level before they were built; temporary memory of building
+    them (a second model, say) is not counted."""
     forget_peak(device)
     before = peak_mb(device)
-    run = make()
+    run = build()
     forget_peak(device)
-    for _ in range(2):
-        run()
+    run()
+    run()
     return round(peak_mb(device) - before, 1)
+
+
+def in_child(part, folder="-"):
+    """What this command prints for one part, in a process of its own, as memory is per process.
+
+    Tensors (not evaluators) get pages of their own: with glibc's moving threshold the same run
+    takes 50 % more at times, because freed memory lies in pieces.
+    """
+    environment = dict(os.environ)
+    if folder == "-":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    out = subprocess.run([sys.executable, *sys.argv, "--child", part, folder], env=environment,
+                         stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 
 def count_syncs(run):
@@ -225,230 +197,188 @@ def count_syncs(run):
 
 def count_flops(run):
     """Floating-point operations of convolutions and matrix products in a run."""
+    run = getattr(run, "__wrapped__", run)          # the counter does not work in inference_mode
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        getattr(run, "__wrapped__", run)()          # the counter does not know inference_mode
+        run()
     return counter.get_total_flops()
 
 
-def measured_tflops(args):
-    """The best of five products of large square matrices."""
-    n = 8192 if args.device == "cuda" else 2048
-    a, seconds = torch.randn(n, n, device=args.device, dtype=getattr(torch, args.dtype)), []
-    for _ in range(6):
-        wait(args.device)
-        start = time.perf_counter()
-        a @ a
-        wait(args.device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds[1:]) / 1e12
-
-
-def child(name, folder="-"):
-    """What this command prints for the part `name` in a process of its own: memory is per
-    process. Tensors (not evaluators) are mapped one by one: with glibc's moving threshold the same
-    run takes 50 % more at times, as freed memory lies in pieces."""
-    mapped = {"MALLOC_MMAP_THRESHOLD_": "65536"} if folder == "-" else {}
-    out = subprocess.run([sys.executable, *sys.argv, "--one", name, folder],
-                         env={**os.environ, **mapped}, stdout=subprocess.PIPE, text=True,
-                         check=True).stdout
-    return json.loads(out.splitlines()[-1])
-
-
-# -- forward, step, loss -------------------------------------------------------------------------
+# -- forward, step, loss: ours -------------------------------------------------------------------
+#
+# A run is a function without arguments that does the work of args.mode once.
 
 def make_batch(args, num_classes):
-    """Random images and targets, as the loader gives them."""
-    rng = np.random.default_rng(0)
-    samples = []
+    """Random images, valid and targets, as the loader gives them."""
+    rng, samples = np.random.default_rng(0), []
     for _ in range(args.batch_size):
-        image = rng.integers(0, 256, (args.height, args.width, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (3, args.height or 320, args.width or 320), dtype=np.uint8)
+        labels = rng.integers(0, num_classes, args.objects)
         boxes = rng.uniform([0.2, 0.2, 0.05, 0.05], [0.8, 0.8, 0.4, 0.4], (args.objects, 4))
-        target = {"labels": torch.from_numpy(rng.integers(0, num_classes, args.objects)),
-                  "boxes": torch.from_numpy(boxes).float()}
-        samples.append((torch.from_numpy(image).permute(2, 0, 1), target))
+        target = {"labels": torch.from_numpy(labels), "boxes": torch.from_numpy(boxes).float()}
+        samples.append((torch.from_numpy(image), target))
     return data.collate(samples)
-
-
-def autocast(args, dtype=None):
-    dtype = getattr(torch, dtype or args.dtype)
-    return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
 
 def make_model(args):
     torch.manual_seed(0)
-    model = model_py.build_model(args.model, **({"mixer": args.mixer} if args.mixer else {}))
+    model = build_model(args.model, mixer=args.mixer or MODELS[args.model].mixer)
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def make_run(args, compiled=False):
-    """The work of ours: a function without arguments that does it once."""
-    if args.what == "loss":
-        logits, boxes, targets = make_predictions(args)
-
-        def run():
-            logits.grad = boxes.grad = None
-            loss = losses.set_loss(logits, boxes, targets)["loss"]
-            loss.backward()
-            return loss.detach()
-        return run
-    model = make_model(args)
-    images, valid, targets = make_batch(args, model.cfg.num_classes)
-    network = torch.compile(model) if compiled else model
-    if args.what == "forward":
-        model.eval()
-
-        @torch.inference_mode()
-        def run():
-            with autocast(args):
-                return network(*train.to_device(images, valid, args.device))
-        return run
-    model.train()
-    cfg = train.TrainConfig(model=args.model)
-    optimizer = train.build_optimizer(model, cfg)
-    counts = losses.loss_counts(targets, model.cfg.num_queries)
-    configs, dtype = (model.cfg, losses.LossConfig(), cfg), getattr(torch, args.dtype)
-    return lambda: train.train_step(network, optimizer, [(images, valid, targets)], counts,
-                                    configs, 0, args.device, dtype)
-
-
-def make_predictions(args):
-    """Random logits (L, B, Q, K+1) and boxes (L, B, Q, 4) that ask for gradients, and targets."""
-    cfg = model_py.MODELS[args.model]
-    targets = make_batch(SimpleNamespace(**{**vars(args), "height": 8, "width": 8}),
-                         cfg.num_classes)[2]
+def loss_run(args, loss_of):
+    """Loss and gradients of random predictions; loss_of(logits, boxes, targets): the total loss."""
+    cfg = MODELS[args.model]
     torch.manual_seed(0)
     shape = cfg.dec_layers, args.batch_size, cfg.num_queries
-    logits = torch.randn(*shape, cfg.num_classes + 1, device=args.device)
+    logits = torch.randn(*shape, cfg.num_classes + 1, device=args.device, requires_grad=True)
     boxes = torch.rand(*shape, 4, device=args.device) * 0.5 + 0.1
-    return logits.requires_grad_(), boxes.requires_grad_(), targets
+    boxes.requires_grad_()
+    _, _, targets = make_batch(args, cfg.num_classes)
+
+    def run():
+        logits.grad = boxes.grad = None
+        loss = loss_of(logits, boxes, targets)
+        loss.backward()
+        return loss.detach()
+    return run
+
+
+def make_run(args, compiled=False):
+    if args.mode == "loss":
+        return loss_run(args, lambda *tensors: losses.set_loss(*tensors)["loss"])
+    model = make_model(args).train(args.mode == "step")
+    images, valid, targets = make_batch(args, model.cfg.num_classes)
+    network = torch.compile(model) if compiled else model
+    if args.mode == "step":
+        return step_run(args, model, network, (images, valid, targets))
+
+    @torch.inference_mode()
+    def run():
+        with autocast(args.device, getattr(torch, args.dtype)):
+            logits, boxes = network(*data.to_device(images, valid, args.device))
+        return boxes[-1]
+    return run
+
+
+def step_run(args, model, network, batch):
+    """The step of train.py; network is the model, compiled or not."""
+    cfg = train.TrainConfig(model=args.model)
+    normalizers = losses.loss_normalizers(batch[2], model.cfg.num_queries)
+    run = SimpleNamespace(                                  # the fields of a Run that a step reads
+        cfg=cfg, loss_cfg=losses.LossConfig(), task=train.DETECTION, model=network, world=1,
+        optimizer=train.build_optimizer(model, cfg), device=args.device,
+        dtype=getattr(torch, args.dtype))
+    return lambda: train.train_step(run, [batch], normalizers, 0)
+
+
+# -- the same work, weights and numbers by the official code -------------------------------------
+
+def import_official(folder, name):
+    """A module of the official code; nothing is downloaded."""
+    if not os.path.isdir(os.path.join(folder, "models")):
+        raise UserError(f"{folder}/models not found: --official takes a clone of "
+                        f"github.com/facebookresearch/detr")
+    sys.path.insert(0, folder)
+    warnings.filterwarnings("ignore", module="torchvision|util|models")
+    try:
+        importlib.import_module("util.misc").is_main_process = lambda: False    # no ImageNet file
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:            # RuntimeError: torchvision's operators
+        raise UserError(f"--official: {error}; install packaging, and the torchvision that was "
+                        f"built for torch {torch.__version__}") from None
 
 
 def official_run(args):
-    """The same work, weights and numbers as make_run, done by the official code."""
-    models, cfg = import_official(args.official), model_py.MODELS[args.model]
+    cfg, dtype = MODELS[args.model], getattr(torch, args.dtype)
     options = SimpleNamespace(**asdict(cfg), **asdict(losses.LossConfig()), lr_backbone=1e-5,
                               masks=False, dataset_file="coco", device=args.device)
-    network, criterion, _ = models.build_model(options)
+    network, criterion, _ = import_official(args.official, "models").build_model(options)
 
-    def weighted(outputs, targets):
-        terms = criterion(outputs, targets)
-        return sum(terms[k] * w for k, w in criterion.weight_dict.items())
-    if args.what == "loss":
-        logits, boxes, targets = make_predictions(args)
+    def total_loss(logits, boxes, targets):                 # of all layers, the last one last
         targets = [{k: v.to(args.device) for k, v in t.items()} for t in targets]
+        *others, last = [dict(pred_logits=x.float(), pred_boxes=b.float())
+                         for x, b in zip(logits, boxes)]
+        terms = criterion({**last, "aux_outputs": others}, targets)
+        return sum(terms[k] * weight for k, weight in criterion.weight_dict.items())
+    if args.mode == "loss":
+        return loss_run(args, total_loss)
 
-        def run():
-            logits.grad = boxes.grad = None
-            layers = [dict(pred_logits=x, pred_boxes=b) for x, b in zip(logits, boxes)]
-            loss = weighted({**layers[-1], "aux_outputs": layers[:-1]}, targets)
-            loss.backward()
-            return loss.detach()
-        return run
-    from util.misc import NestedTensor
     network.load_state_dict(make_model(args).state_dict())
-    network.to(args.device).train(args.what == "step")
+    network.to(args.device).train(args.mode == "step")
     images, valid, targets = make_batch(args, cfg.num_classes)
-    images = resnet_py.Normalise()(images, None).contiguous()          # its loader does it
-    batch = NestedTensor(images, ~valid)
-    if args.what == "forward":
-        @torch.no_grad()
-        def run():
-            with autocast(args, args.official_dtype):
-                return network(batch.to(args.device))
-        return run
+    images = resnet.Normalise()(images, None).contiguous()          # the work of its loader
+    batch = import_official(args.official, "util.misc").NestedTensor(images, ~valid)
+
+    def forward():
+        with autocast(args.device, dtype):
+            return network(batch.to(args.device))
+    if args.mode == "forward":
+        return torch.no_grad()(lambda: forward()["pred_boxes"].float())
+
     backbone = [p for n, p in network.named_parameters() if "backbone" in n and p.requires_grad]
     others = [p for n, p in network.named_parameters() if "backbone" not in n]
     optimizer = torch.optim.AdamW([dict(params=others), dict(params=backbone, lr=1e-5)], lr=1e-4,
                                   weight_decay=1e-4)
 
-    def run():
-        moved = [{k: v.to(args.device) for k, v in t.items()} for t in targets]
-        with autocast(args, args.official_dtype):
-            outputs = network(batch.to(args.device))
-        layers = [{k: v.float() for k, v in o.items()}
-                  for o in (*outputs.pop("aux_outputs"), outputs)]
-        loss = weighted({**layers[-1], "aux_outputs": layers[:-1]}, moved)
-        assert math.isfinite(loss.item())                             # its loop looks at every step
+    def step():
+        outputs = forward()
+        layers = [*outputs["aux_outputs"], outputs]
+        loss = total_loss([layer["pred_logits"] for layer in layers],
+                          [layer["pred_boxes"] for layer in layers], targets)
+        assert loss.isfinite().item()                               # its loop reads every loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
         optimizer.step()
-    return run
+    return step
 
 
-def import_official(folder):
-    """The official code's package of models; nothing is fetched."""
-    if not os.path.isdir(os.path.join(folder, "models")):
-        raise FileNotFoundError(f"{folder}/models not found: --official takes a clone of "
-                                f"github.com/facebookresearch/detr")
-    sys.path.insert(0, folder)
-    warnings.filterwarnings("ignore", module="torchvision|util|models")
-    import util.misc
-    util.misc.is_main_process = lambda: False       # no pretrained backbone: nothing is downloaded
-    import models
-    return models
-
+# -- forward, step, loss: the comparison ---------------------------------------------------------
 
 def variants(args):
-    """{name: (function that makes its run, levers that are off)}."""
-    made = {"ours": (make_run, ())}
-    mine = [lever for lever, modes in LEVERS.items() if args.what in modes]
-    for off in [[lever] for lever in mine] if args.each else [args.without] * bool(args.without):
-        made["without " + " ".join(off)] = make_run, tuple(off)
+    """{name: (function that builds its run, levers that are off)}, ours first."""
+    builders = {"ours": (make_run, ())}
+    if args.each:
+        for lever, (modes, *_) in LEVERS.items():
+            if args.mode in modes:
+                builders[f"without {lever}"] = make_run, (lever,)
+    elif args.without:
+        builders["without " + " ".join(args.without)] = make_run, tuple(args.without)
     if args.compile:
-        made["compiled"] = functools.partial(make_run, compiled=True), ()
+        builders["compiled"] = lambda args: make_run(args, compiled=True), ()
     if args.official:
-        made["official"] = official_run, ()
-    return made
+        builders["official"] = official_run, ()
+    return builders
 
 
 def bench_model(args):
     """forward, step and loss."""
-    made = variants(args)
-    if args.one:
-        make, off = made[args.one[0]]
+    builders = variants(args)
+    if args.child:
+        build, off = builders[args.child[0]]
         if args.official:
-            import_official(args.official)          # torchvision is no part of its memory
+            import_official(args.official, "models")        # torchvision is no part of its memory
         with without_levers(off):
-            return peak_memory(lambda: make(args), args.device)
+            return peak_memory(lambda: build(args), args.device)
+
     runs = {}
-    for name, (make, off) in made.items():
+    for name, (build, off) in builders.items():
         with without_levers(off):
-            runs[name] = make(args), off
-    result = summary(in_turn(runs, args))
-    result["images_per_s"] = {name: round(args.batch_size / s["median"], 3)
-                              for name, s in result["seconds"].items()}
-    run = runs["ours"][0]
+            runs[name] = build(args), off
+    result = summary(time_interleaved(runs, args), args.batch_size)
+
+    run, _ = runs["ours"]
     result["host_syncs"] = count_syncs(run)
     if args.memory:
-        result["memory_mb"] = {name: child(name) for name in runs}
-    if args.what == "loss":
-        if args.official:
-            ours, theirs = runs["ours"][0]().item(), runs["official"][0]().item()
-            result["difference"] = abs(ours - theirs) / theirs
-        return result
-    if args.what == "forward" and args.official:
-        ours, theirs = runs["ours"][0](), runs["official"][0]()
-        result["difference"] = (ours[1][-1] - theirs["pred_boxes"].float()).abs().max().item()
-    tflops = count_flops(run) / result["seconds"]["ours"]["median"] / 1e12
-    peak = args.peak_tflops or measured_tflops(args)
-    return {**result, "tflops": round(tflops, 4), "peak_tflops": round(peak, 4),
-            "peak": "given" if args.peak_tflops else "measured", "mfu": round(tflops / peak, 4)}
+        result["memory_mb"] = {name: in_child(name) for name in runs}
+    if args.mode != "loss":
+        result["tflops"] = round(count_flops(run) / result["seconds"]["ours"]["median"] / 1e12, 6)
+    if args.official and args.mode != "step":               # of the loss, or the largest of a box
+        result["difference"] = (run() - runs["official"][0]()).abs().max().item()
+    return result
 
 
 # -- data ----------------------------------------------------------------------------------------
-
-def training_set(args):
-    """The training set of --data, with the official augmentation."""
-    if args.data:
-        paths = data.data_paths(args, "train")
-    elif args.train_json and args.train_images:
-        paths = args.train_json, args.train_images
-    else:
-        raise ValueError(f"{args.what} needs images: --data DIR in COCO layout, or --train_json "
-                         f"and --train_images")
-    return data.CocoDataset(*paths, augment=True)
-
 
 def padding_share(dataset, batches):
     """Share of the pixels of these batches of keys that is padding."""
@@ -460,89 +390,42 @@ def padding_share(dataset, batches):
     return round(float(1 - image / padded), 4)
 
 
-def bench_padding(args):
-    """By batch size; without decoding an image. The images repeat, with other random sizes, to
-    fill at least 20,000: a window of the sampler is never the whole epoch."""
-    dataset = training_set(args)
-    n = max(args.images or 20_000, len(dataset))
-    dataset.sizes, dataset.image_ids = np.resize(dataset.sizes, (n, 2)), np.arange(n)
-    return {"images": n, "padding": {
-        B: {name: padding_share(dataset, data.TrainSampler(dataset, B, 42, group_by_shape=grouped))
-            for name, grouped in (("ours", True), ("without grouping", False))}
-        for B in (2, 4, 8, 16, 32)}}
-
-
-class OfficialItems(torch.utils.data.Dataset):
-    """The images of a CocoDataset read and changed by the official code, as its plans say."""
-
-    def __init__(self, dataset, folder):
-        import_official(folder)
-        import datasets.transforms as T
-        from datasets.coco import CocoDetection
-        self.dataset, self.T = dataset, T
-        self.items = CocoDetection(dataset.image_dir, dataset.source, None, False)
-        self.last = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406],
-                                                         [0.229, 0.224, 0.225])])
-
-    def __getitem__(self, key):
-        (epoch, i), T = key, self.T
-        plan = self.dataset.plan(epoch, i)
-        image, target = self.items[i]
-        if plan.flip:
-            image, target = T.hflip(image, target)
-        if plan.resize_before_crop:
-            image, target = T.resize(image, target, plan.resize_before_crop[::-1])
-        if plan.crop:
-            image, target = T.crop(image, target, plan.crop)
-        return self.last(*T.resize(image, target, plan.size[::-1]))
-
-
 def bench_loader(args):
-    """Images/s of the loader, per process; the official transforms carry out the same plans."""
-    dataset = training_set(args)
-    sampler = data.TrainSampler(dataset, args.batch_size, 42)
-    batches = list(sampler)[:max(1, (args.images or 64) // args.batch_size)]
-    made = {name: (functools.partial(DataLoader, dataset, collate_fn=data.collate), off)
-            for name, (_, off) in variants(args).items() if name != "official"}
-    if args.official:
-        items = OfficialItems(dataset, args.official)
-        from util.misc import collate_fn
-        made["official"] = functools.partial(DataLoader, items, collate_fn=collate_fn), ()
+    """Images/s of the loader, per process, and the padding of an epoch's batches."""
+    dataset = data.CocoDataset(*data.data_paths(args, "train"), augment=True)
+    grouped, ungrouped = (data.TrainSampler(dataset, args.batch_size, 42, group_by_shape=group)
+                          for group in (True, False))
+    batches = list(grouped)[:max(1, (args.images or 64) // args.batch_size)]
 
-    def run(make):
-        loader = make(batch_sampler=batches, num_workers=args.num_workers)
-        return sum(len(targets) for *_, targets in loader)
-    runs = {name: (functools.partial(run, make), off) for name, (make, off) in made.items()}
-    result, n = summary(in_turn(runs, args)), len(batches) * args.batch_size
-    result.update(images=n, padding=padding_share(dataset, batches), images_per_s={
-        name: round(n / s["median"], 2) for name, s in result["seconds"].items()})
-    if args.official:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images_py.PIXEL_MEAN, images_py.PIXEL_STD))
-        keys = sum(batches, [])[:16]
-        pixels = [(dataset[k][0], (items[k][0] * std + mean).round()) for k in keys]
-        result["pixels_differ_by"] = max((a - b).abs().max().item() for a, b in pixels)
-    return result
+    def run():
+        for _ in DataLoader(dataset, batch_sampler=batches, collate_fn=data.collate,
+                            num_workers=args.num_workers):
+            pass
+    runs = {name: (run, off) for name, (_, off) in variants(args).items()}
+    return {"padding": padding_share(dataset, grouped),
+            "padding_without_grouping": padding_share(dataset, ungrouped),
+            **summary(time_interleaved(runs, args), len(batches) * args.batch_size)}
 
 
-# -- mixers, training loop -----------------------------------------------------------------------
+# -- mixers --------------------------------------------------------------------------------------
+
+GRIDS = (25, 34), (34, 50), (50, 68)                # 850, 1700 and 3400 tokens
+
 
 def make_encoder_run(name, args):
-    """Forward and backward pass of an encoder; name: mixer and grid, as in "pool 25 34".
-
-    Without dropout, with which the CPU's attention would fall back to whole matrices of weights.
-    """
+    """Forward and backward pass of an encoder; name: mixer and grid, as in "pool 25 34"."""
     mixer, H, W = name.split()
-    H, W = int(H), int(W)
-    cfg = model_py.MODELS[args.model]
+    H, W, cfg = int(H), int(W), MODELS[args.model]
+    # with dropout a CPU's attention keeps the whole matrix of weights
     cfg = replace(cfg, mixer=mixer, dropout=0.0, grid_rows=max(H, cfg.grid_rows),
                   grid_cols=max(W, cfg.grid_cols))
-    encoder = model_py.Encoder(cfg).to(args.device)
+    encoder = Encoder(cfg).to(args.device)
     x = torch.randn(args.batch_size, H * W, cfg.hidden_dim, device=args.device, requires_grad=True)
     pos = torch.randn(1, H * W, cfg.hidden_dim, device=args.device)
 
     def run():
         encoder.zero_grad()
-        with autocast(args):
+        with autocast(args.device, getattr(torch, args.dtype)):
             y = encoder(x, pos, None, (H, W))
         y.float().sum().backward()
     return run
@@ -550,137 +433,69 @@ def make_encoder_run(name, args):
 
 def bench_mixers(args):
     """Time and memory of the encoder by mixer and number of tokens."""
-    if args.one:
-        return peak_memory(lambda: make_encoder_run(args.one[0], args), args.device)
-    names = [f"{mixer} {H} {W}" for mixer in args.mixers for H, W in args.grids]
-    times = in_turn({name: (make_encoder_run(name, args), ()) for name in names}, args)
+    if args.child:
+        return peak_memory(lambda: make_encoder_run(args.child[0], args), args.device)
+    names = [f"{mixer} {H} {W}" for mixer in args.mixers for H, W in GRIDS]
+    times = time_interleaved({name: (make_encoder_run(name, args), ()) for name in names}, args)
     rows = []
-    for name in names:
+    for name, seconds in summary(times, args.batch_size)["seconds"].items():
         mixer, H, W = name.split()
-        rows.append(dict(mixer=mixer, tokens=int(H) * int(W),
-                         **summary({name: times[name]})["seconds"][name], memory_mb=child(name)))
+        rows.append(dict(mixer=mixer, tokens=int(H) * int(W), **seconds, memory_mb=in_child(name)))
     if args.plot:
+        from plot import plot_mixers                        # needs matplotlib
         plot_mixers(rows, args.plot)
     return {"rows": rows}
 
 
-def plot_mixers(rows, path):
-    """Time and memory over the number of tokens, a line for each mixer."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axis, field, unit in zip(axes, ("median", "memory_mb"), ("seconds", "peak memory, MB")):
-        for mixer in dict.fromkeys(r["mixer"] for r in rows):
-            points = [(r["tokens"], r[field]) for r in rows if r["mixer"] == mixer]
-            axis.plot(*zip(*points), marker=".", label=mixer)
-        axis.set(xlabel="tokens", title=unit, ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle("encoder by mixer, forward and backward")
-    figure.savefig(path, dpi=120)
-
-
-def bench_loop(args):
-    """Shares of the training loop's time, in epochs on the built-in shapes, the first left out:
-    waiting for data; the step (model, loss, optimizer); the rest."""
-    marks, step = [], train.train_step
-
-    def timed_step(*a):
-        start = time.perf_counter()
-        result = step(*a)
-        wait(args.device)
-        marks.append((start, time.perf_counter()))
-        return result
-
-    B, n, folder = args.batch_size, 60, tempfile.TemporaryDirectory()
-    given = dict(model=args.model, train_shapes=B * n, val_shapes=8, batch_size=B, log_every=n,
-                 epochs=args.repeats + 1, eval_every=args.repeats + 1, device=args.device,
-                 dtype=args.dtype, num_workers=args.num_workers, output_dir=folder.name)
-    with folder, patch.object(train, "train_step", timed_step), \
-            contextlib.redirect_stdout(sys.stderr):
-        train.train(*train.make_configs(given), 0, 1, args.device)
-        records = [json.loads(line) for line in open(os.path.join(folder.name, "steps.txt"))]
-    shares = {"data": [], "step": [], "rest": []}
-    for epoch, record in list(enumerate(records))[1:]:
-        steps = marks[epoch * n:(epoch + 1) * n]
-        seconds = n * B / record["images_per_s"]
-        shares["data"].append(record["data_share"])
-        shares["step"].append(sum(end - start for start, end in steps) / seconds)
-        shares["rest"].append(1 - shares["data"][-1] - shares["step"][-1])
-    return {"steps": n, "share": {name: dict(median=round(statistics.median(s), 4),
-                                             min=round(min(s), 4), max=round(max(s), 4))
-                                  for name, s in shares.items()},
-            "ms_per_step": round(1000 * seconds / n, 3)}
-
-
 # -- evaluator -----------------------------------------------------------------------------------
 
-EVALUATORS = ("columns", "files", "pycocotools", "faster_coco_eval", "hotcoco")
+OURS, PEERS = ("columns", "files"), ("pycocotools", "faster_coco_eval", "hotcoco")
 
 
-def make_detections(num_detections, num_images, num_classes=80):
-    """COCO dicts: 1 of 5 detections a noisy copy of a ground truth, the others anywhere."""
+def make_columns(num_detections, num_images, num_classes):
+    """Arrays for evaluate_columns; 1 detection in 5 is a noisy copy of a ground truth."""
     rng = np.random.default_rng(0)
-    G = 7 * num_images + 3                                          # COCO has 7.3 an image
+    n, G = num_detections, 7 * num_images + 3                       # COCO has 7.3 an image
 
     def boxes(n):
         sizes = 500 * rng.random((n, 2)) ** 3 + 4                   # most are small
         return np.concatenate([rng.random((n, 2)) * 600, sizes], axis=1)
 
-    gt = dict(image=rng.integers(0, num_images, G),
-              category=(num_classes * rng.random(G) ** 3).astype(int), box=boxes(G))
-    copied = rng.random(num_detections) < 0.2
-    source = rng.integers(0, G, num_detections)
-    noise = 0.1 * rng.normal(size=(num_detections, 4)) * np.tile(gt["box"][source, 2:], 2)
-    dt = dict(image=np.where(copied, gt["image"][source], rng.integers(0, num_images, len(copied))),
-              category=gt["category"][source],
-              box=np.where(copied[:, None], gt["box"][source] + noise, boxes(len(copied))))
-    score = rng.random(num_detections).round(3) * np.where(copied, 1, 0.6)
+    image, category = rng.integers(0, num_images, G), num_classes * rng.random(G) ** 3
+    gt = dict(image=image, category=category.astype(int), box=boxes(G).round(2))
+    gt.update(area=gt["box"][:, 2:].prod(1), crowd=np.arange(G) % 100 == 0)
 
+    copied, source = rng.random(n) < 0.2, rng.integers(0, G, n)
+    noise = 0.1 * rng.normal(size=(n, 4)) * np.tile(gt["box"][source, 2:], 2)
+    image = np.where(copied, gt["image"][source], rng.integers(0, num_images, n))
+    box = np.where(copied[:, None], gt["box"][source] + noise, boxes(n))
+    score = rng.random(n).round(3) * np.where(copied, 1, 0.6)
+    return gt, dict(image=image, category=gt["category"][source], box=abs(box).round(2),
+                    score=score)
+
+
+def to_coco(gt, dt, num_images, num_classes):
+    """The same as the contents of COCO files."""
     def records(columns):
-        return [dict(image_id=i, category_id=k + 1, bbox=[round(abs(x), 2) for x in box])
-                for i, k, box in zip(*(columns[name].tolist() for name in columns))]
+        rows = zip(*(columns[name].tolist() for name in ("image", "category", "box")))
+        return [dict(image_id=i, category_id=k + 1, bbox=box) for i, k, box in rows]
 
-    truth = dict(images=[dict(id=i, width=1100, height=1100) for i in range(num_images)],
-                 categories=[dict(id=k + 1, name=f"class {k + 1}") for k in range(num_classes)],
-                 annotations=[dict(r, id=n + 1, iscrowd=int(n % 100 == 0),
-                                   area=r["bbox"][2] * r["bbox"][3])
-                              for n, r in enumerate(records(gt))])
-    return truth, [dict(r, score=float(s)) for r, s in zip(records(dt), score)]
-
-
-def write_workload(folder, args):
-    """gt.json, dt.json, and columns.npz with the arrays that evaluate_columns takes."""
-    if args.gt:
-        gt, dt = (json.load(open(path)) for path in (args.gt, args.dt))
-    else:
-        gt, dt = make_detections(args.detections, args.images or 5000)
-    for name, content in (("gt", gt), ("dt", dt)):
-        with open(os.path.join(folder, f"{name}.json"), "w") as file:
-            json.dump(content, file)
-    images, categories = (np.unique([r["id"] for r in gt[k]]) for k in ("images", "categories"))
-    columns = {"K": len(categories)}
-    for side, records in (("gt", gt["annotations"]), ("dt", dt)):
-        image, category = ([r[name] for r in records] for name in ("image_id", "category_id"))
-        columns[f"{side} image"] = np.searchsorted(images, image)
-        columns[f"{side} category"] = np.searchsorted(categories, category)
-        columns[f"{side} box"] = np.array([r["bbox"] for r in records], np.float64)
-    columns["gt area"] = np.array([r["area"] for r in gt["annotations"]], np.float64)
-    columns["gt crowd"] = np.array([r["iscrowd"] for r in gt["annotations"]], bool)
-    columns["dt score"] = np.array([r["score"] for r in dt], np.float64)
-    np.savez(os.path.join(folder, "columns.npz"), **columns)
-    return {"detections": len(dt), "images": len(gt["images"])}
+    annotations, detections = records(gt), records(dt)
+    for n, record in enumerate(annotations):
+        record.update(id=n + 1, area=gt["area"][n].item(), iscrowd=int(gt["crowd"][n]))
+    for record, score in zip(detections, dt["score"].tolist()):
+        record["score"] = score
+    images = [dict(id=i, width=1100, height=1100) for i in range(num_images)]
+    categories = [dict(id=k + 1, name=f"class {k + 1}") for k in range(num_classes)]
+    return dict(images=images, categories=categories, annotations=annotations), detections
 
 
-def run_evaluator(name, folder):
-    """One evaluation: CPU seconds to read and to evaluate, memory beyond that before it, and AP."""
-    gt, dt = (os.path.join(folder, f"{side}.json") for side in ("gt", "dt"))
-    if name in ("columns", "files"):
-        from evaluate import coco_eval, evaluate_columns
-        if name == "columns":
-            c = np.load(os.path.join(folder, "columns.npz"))
-            columns = [{key[3:]: c[key] for key in c if key[:2] == side} for side in ("gt", "dt")]
+def run_evaluator(name, paths, shape):
+    """One evaluation: CPU seconds to read and to evaluate, its memory, and AP."""
+    if name == "columns":                                           # as a training run has them
+        columns = make_columns(*shape)
+    if name in OURS:
+        from coco_eval import coco_eval, evaluate_columns
     elif name == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -688,90 +503,92 @@ def run_evaluator(name, folder):
         from faster_coco_eval import COCO, COCOeval_faster as COCOeval
     else:
         from hotcoco import COCO, COCOeval
+
     forget_peak()
     before, start = peak_mb(), time.process_time()
     read = start
     if name == "columns":
-        stats = evaluate_columns(*columns, int(c["K"]))["stats"]
+        stats = evaluate_columns(*columns, shape[2])["stats"]
     elif name == "files":
-        stats = coco_eval(gt, dt)["stats"]
+        stats = coco_eval(*paths)["stats"]
     else:
-        truth = COCO(gt)
-        run = COCOeval(truth, truth.loadRes(dt), "bbox")
+        truth = COCO(paths[0])
+        evaluation = COCOeval(truth, truth.loadRes(paths[1]), "bbox")
         read = time.process_time()
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-        stats = run.stats
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        stats = evaluation.stats
     end = time.process_time()
     return dict(read_s=read - start, evaluate_s=end - read, total_s=end - start,
                 memory_mb=peak_mb() - before, AP=float(stats[0]))
 
 
 def bench_evaluator(args):
-    """Medians over the repeats of each evaluator that is installed."""
-    names = [name for name in EVALUATORS[:None if args.peers else 2]
-             if name in EVALUATORS[:2] or importlib.util.find_spec(name)]
-    if args.one:
-        name, folder = args.one
-        return (write_workload(folder, args) if name == "workload" else
-                run_evaluator(name, folder))
+    """Medians over the repeats, of ours and with --peers of each peer that is installed."""
+    shape = args.detections, args.images or 5000, 80
+    if args.child:
+        name, folder = args.child
+        return run_evaluator(name, [f"{folder}/gt.json", f"{folder}/dt.json"], shape)
+    names = list(OURS)
+    if args.peers:
+        names += [name for name in PEERS if importlib.util.find_spec(name)]
+    runs = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        sizes, runs = child("workload", folder), {name: [] for name in names}
+        for side, content in zip(("gt", "dt"), to_coco(*make_columns(*shape), *shape[1:])):
+            with open(f"{folder}/{side}.json", "w") as file:
+                json.dump(content, file)
         for _ in range(args.repeats):
             for name in names:
-                runs[name].append(child(name, folder))
-    return {**sizes, "repeats": args.repeats,
-            **{name: {field: round(statistics.median(r[field] for r in runs[name]), 4)
-                      for field in runs[name][0]} for name in names}}
+                runs[name].append(in_child(name, folder))
+    return {name: {field: round(statistics.median(r[field] for r in records), 4)
+                   for field in records[0]} for name, records in runs.items()}
 
 
 # -- sizes ---------------------------------------------------------------------------------------
 
 # parameters in M, multiply-adds in G at 224 x 224 and top-1 in percent, as the papers print them
-PUBLISHED = """
-poolformer_s12 11.9 1.8 77.2                poolformer_s24 21.4 3.4 80.3
-poolformer_s36 30.8 5.0 81.4                poolformer_m36 56.1 8.8 82.1
-poolformer_m48 73.4 11.6 82.5               poolformer_s12_identity 11.9 1.8 74.3
-poolformer_s12_random 11.9 3.3 75.8         poolformer_s12_conv 11.9 1.8 78.1
-poolformer_s12_pool5 11.9 1.8 77.2          poolformer_s12_pool7 11.9 1.8 77.1
-poolformer_s12_pool9 11.9 1.8 76.8          poolformer_s12_layernorm 11.9 1.8 76.5
-poolformer_s12_batchnorm 11.9 1.8 76.4      poolformer_s12_nonorm 11.9 1.8 46.1
-poolformer_s12_relu 11.9 1.8 76.4           poolformer_s12_silu 11.9 1.8 77.2
-poolformer_s12_noresidual 11.9 1.8 0.1      poolformer_s12_nomlp 2.5 0.2 5.7
-poolformer_s12_pppa 14.0 1.9 78.3           poolformer_s12_ppaa 16.5 2.5 81.0
-poolformer_s12_pppf 11.9 1.8 77.5           poolformer_s12_ppff 12.2 1.9 77.9
-identityformer_s12 11.9 1.8 74.6            identityformer_s24 21.3 3.4 78.2
-identityformer_s36 30.8 5.0 79.3            identityformer_m36 56.1 8.8 80.0
-identityformer_m48 73.3 11.5 80.4           randformer_s12 11.9 1.9 76.6
-randformer_s24 21.3 3.5 78.2                randformer_s36 30.8 5.2 79.5
-randformer_m36 56.1 9.0 81.2                randformer_m48 73.3 11.9 81.4
-poolformerv2_s12 11.9 1.8 78.0              poolformerv2_s24 21.3 3.4 80.7
-poolformerv2_s36 30.8 5.0 81.6              poolformerv2_m36 56.1 8.8 82.2
-poolformerv2_m48 73.3 11.5 82.6             convformer_s18 27 3.9 83.0
-convformer_s36 40 7.6 84.1                  convformer_m36 57 12.8 84.5
-convformer_b36 100 22.6 84.8                caformer_s18 26 4.1 83.6
-caformer_s36 39 8.0 84.5                    caformer_m36 56 13.2 85.2
-caformer_b36 99 23.2 85.5                   vit_ti 5 - 72.2
-vit_s 22 4.6 79.9                           vit_b 86 17.6 81.8
-mixer_s16 18 - -                            mixer_b16 59 12.7 76.4
-""".split()
-PUBLISHED = {name: numbers for name, *numbers in zip(*(PUBLISHED[k::4] for k in range(4)))}
+PUBLISHED = {
+    "poolformer_s12": "11.9 1.8 77.2",              "poolformer_s24": "21.4 3.4 80.3",
+    "poolformer_s36": "30.8 5.0 81.4",              "poolformer_m36": "56.1 8.8 82.1",
+    "poolformer_m48": "73.4 11.6 82.5",             "poolformer_s12_identity": "11.9 1.8 74.3",
+    "poolformer_s12_random": "11.9 3.3 75.8",       "poolformer_s12_conv": "11.9 1.8 78.1",
+    "poolformer_s12_pool5": "11.9 1.8 77.2",        "poolformer_s12_pool7": "11.9 1.8 77.1",
+    "poolformer_s12_pool9": "11.9 1.8 76.8",        "poolformer_s12_layernorm": "11.9 1.8 76.5",
+    "poolformer_s12_batchnorm": "11.9 1.8 76.4",    "poolformer_s12_nonorm": "11.9 1.8 46.1",
+    "poolformer_s12_relu": "11.9 1.8 76.4",         "poolformer_s12_silu": "11.9 1.8 77.2",
+    "poolformer_s12_noresidual": "11.9 1.8 0.1",    "poolformer_s12_nomlp": "2.5 0.2 5.7",
+    "poolformer_s12_pppa": "14.0 1.9 78.3",         "poolformer_s12_ppaa": "16.5 2.5 81.0",
+    "poolformer_s12_pppf": "11.9 1.8 77.5",         "poolformer_s12_ppff": "12.2 1.9 77.9",
+    "identityformer_s12": "11.9 1.8 74.6",          "identityformer_s24": "21.3 3.4 78.2",
+    "identityformer_s36": "30.8 5.0 79.3",          "identityformer_m36": "56.1 8.8 80.0",
+    "identityformer_m48": "73.3 11.5 80.4",         "randformer_s12": "11.9 1.9 76.6",
+    "randformer_s24": "21.3 3.5 78.2",              "randformer_s36": "30.8 5.2 79.5",
+    "randformer_m36": "56.1 9.0 81.2",              "randformer_m48": "73.3 11.9 81.4",
+    "poolformerv2_s12": "11.9 1.8 78.0",            "poolformerv2_s24": "21.3 3.4 80.7",
+    "poolformerv2_s36": "30.8 5.0 81.6",            "poolformerv2_m36": "56.1 8.8 82.2",
+    "poolformerv2_m48": "73.3 11.5 82.6",           "convformer_s18": "27 3.9 83.0",
+    "convformer_s36": "40 7.6 84.1",                "convformer_m36": "57 12.8 84.5",
+    "convformer_b36": "100 22.6 84.8",              "caformer_s18": "26 4.1 83.6",
+    "caformer_s36": "39 8.0 84.5",                  "caformer_m36": "56 13.2 85.2",
+    "caformer_b36": "99 23.2 85.5",                 "vit_ti": "5 - 72.2",
+    "vit_s": "22 4.6 79.9",                         "vit_b": "86 17.6 81.8",
+    "mixer_s16": "18 - -",                          "mixer_b16": "59 12.7 76.4"}
 
 
-def counts(name):
+def count_sizes(name):
     """Parameters and multiply-adds of a classifier at 224 x 224: dicts of every way to count them.
 
     The PoolFormer paper's sizes leave LayerScale out, its ablations do not; and it counts 5 per
-    element for a group norm, as fvcore does. The follow-up paper counts no norms. Nothing is
+    element for a group norm, as fvcore does. The follow-up paper counts no norms. No memory is
     allocated: the tensors are on the meta device.
     """
     with torch.device("meta"):
-        model, images = model_py.build_model(name).eval(), torch.zeros(1, 3, 224, 224)
+        model, images = build_model(name).eval(), torch.zeros(1, 3, 224, 224)
     named = {k: p.numel() for k, p in model.named_parameters() if p.requires_grad}
     norms = []
     for module in model.modules():
-        if isinstance(module, metaformer_py.TokenGroupNorm):
+        if isinstance(module, TokenGroupNorm):
             module.register_forward_hook(lambda m, args, y: norms.append(5 * y.numel()))
     macs = count_flops(lambda: model(images)) // 2
     return ({"": sum(named.values()),
@@ -779,8 +596,8 @@ def counts(name):
             {"": macs, "with norms": macs + sum(norms)})
 
 
-def agreement(printed, ways, unit):
-    """How a published figure comes about: the first of `ways` to count that gives its digits."""
+def how_counted(printed, ways, unit):
+    """Which way of counting reproduces the published figure ("DIFFERS" if none does)."""
     digits = len(printed.partition(".")[2])
     for way, count in ways.items():
         if printed in ("-", f"{count / unit:.{digits}f}"):
@@ -795,115 +612,87 @@ def print_classifiers():
           "or differs.\n")
     print(f"{'model':25s} {'trained':>11s} {'published M':>11s}  {'':13s} {'G mult-adds':>11s} "
           f"{'published':>9s}  {'':10s} {'published top-1':>15s}")
-    for name, (params, macs, top1) in PUBLISHED.items():
-        p, m = counts(name)
-        note_p, note_m = agreement(params, p, 1e6), agreement(macs, m, 1e9)
+    for name, published in PUBLISHED.items():
+        (params, macs, top1), (p, m) = published.split(), count_sizes(name)
+        note_p, note_m = how_counted(params, p, 1e6), how_counted(macs, m, 1e9)
         print(f"{name:25s} {p['']:11,d} {params:>11s}  {note_p:13s} {m[''] / 1e9:11.3f} "
               f"{macs:>9s}  {note_m:10s} {top1:>15s}")
 
 
 def bench_sizes(args):
-    """Size of the classifiers, size and speed of the DETRs (eval mode, batch 1), as tables."""
+    """Sizes of the classifiers; sizes and speed of the DETRs (eval mode, batch 1), as tables."""
     print_classifiers()
     print(f"\n{'model':14s} {'mixer':10s} {'image':>9s} {'parameters':>11s} {'trained':>11s} "
           f"{'G mult-adds':>11s} {'images/s':>9s}   ({args.device}, {torch.get_num_threads()} "
           f"threads)")
-    detectors = [name for name in model_py.MODELS if name not in metaformer_py.METAFORMERS]
-    rows = [(name, "attention") for name in detectors]
+    rows = [(name, "attention") for name in DETECTORS]
     rows += [(name, mixer) for name in ("detr_tiny", "detr_r50")
-             for mixer in mixers_py.MIXERS if mixer != "attention"]
+             for mixer in MIXERS if mixer != "attention"]
     for name, mixer in rows:
-        model = model_py.build_model(name, mixer=mixer).eval()
+        model = build_model(name, mixer=mixer).eval()
         model = model.to(args.device, memory_format=torch.channels_last)
-        h, w = (64, 64) if name == "detr_tiny" else (args.height, args.width)
+        h, w = (64, 64) if name == "detr_tiny" else (args.height or 480, args.width or 640)
         images = torch.randint(256, (1, 3, h, w), dtype=torch.uint8, device=args.device)
-        macs, times = count_flops(lambda: model(images)) // 2, []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                model(images)[1].sum().item()                       # waits for the device
-            times.append(time.perf_counter() - start)
+        run = torch.inference_mode()(lambda: model(images))
+        macs = count_flops(run) // 2
+        seconds = statistics.median(seconds_of(run, args.device) for _ in range(args.repeats))
         parameters = [p.numel() for p in model.parameters()]
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         print(f"{name:14s} {mixer:10s} {f'{h}x{w}':>9s} {sum(parameters):11,d} {sum(trained):11,d} "
-              f"{macs / 1e9:11.3f} {1 / statistics.median(times):9.2f}")
-    return {}
+              f"{macs / 1e9:11.3f} {1 / seconds:9.2f}")
 
 
 # -- command line --------------------------------------------------------------------------------
 
-MODES = dict(forward=bench_model, step=bench_model, loss=bench_model, loader=bench_loader,
-             padding=bench_padding, mixers=bench_mixers, loop=bench_loop,
-             evaluator=bench_evaluator, sizes=bench_sizes)
-# options that the line repeats
-SHOWN = dict(model="model mixer batch_size height width objects device dtype".split(),
-             loader=["batch_size", "num_workers"], padding=[],
-             mixers=["model", "batch_size", "device", "dtype"],
-             loop=["model", "batch_size", "device", "dtype", "num_workers"])
-
-
-def grid(text):
-    H, W = text.split("x")
-    return int(H), int(W)
+MODES = {"forward": bench_model, "loss": bench_model, "step": bench_model, "loader": bench_loader,
+         "mixers": bench_mixers, "evaluator": bench_evaluator, "sizes": bench_sizes}
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=MODES)
-    parser.add_argument("--repeats", type=int, default=0, help="default 7, evaluator 5")
-    parser.add_argument("--model", default="detr_r50", choices=[
-        name for name in model_py.MODELS if name not in metaformer_py.METAFORMERS])
-    parser.add_argument("--mixer", default="", choices=["", *mixers_py.MIXERS])
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--height", type=int, default=320)
-    parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--objects", type=int, default=7, help="targets of each image")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it chooses")
-    parser.add_argument("--without", nargs="+", default=[], choices=LEVERS, metavar="LEVER",
-                        help=f"beside ours without these, of {', '.join(LEVERS)}")
-    parser.add_argument("--each", action="store_true", help="beside ours without each lever")
-    parser.add_argument("--compile", action="store_true", help="beside ours under torch.compile")
-    parser.add_argument("--official", default="", help="a clone of facebookresearch/detr")
-    parser.add_argument("--official_dtype", default="", choices=["", "float32", "bfloat16"])
-    parser.add_argument("--memory", action="store_true", help="CPU: in processes of their own")
-    parser.add_argument("--peak_tflops", type=float, default=0.0, help="0: a matrix product's")
-    parser.add_argument("--data", default="", help="loader, padding: COCO layout, or the next two")
-    parser.add_argument("--train_json", default="")
-    parser.add_argument("--train_images", default="")
-    parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--mixers", nargs="+",
-                        default="attention pool identity mlp random conv".split())
-    parser.add_argument("--grids", nargs="+", type=grid, default=[(25, 34), (34, 50), (50, 68)])
-    parser.add_argument("--plot", default="", help="mixers: a picture, .png or .svg")
-    parser.add_argument("--detections", type=int, default=500_000)
-    parser.add_argument("--images", type=int, default=0,
-                        help="evaluator 5000, loader 64, padding 20,000 or all")
-    parser.add_argument("--gt", default="", help="COCO files to evaluate instead of generated ones")
-    parser.add_argument("--dt", default="")
-    parser.add_argument("--peers", action="store_true", help="other evaluators that are installed")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("mode", choices=MODES)
+    add("--repeats", type=int, default=7)
+    add("--model", default="detr_r50", choices=DETECTORS)
+    add("--mixer", default="", choices=["", *MIXERS])
+    add("--batch_size", type=int, default=2)
+    add("--height", type=int, help="of images; default 320, sizes: 480")
+    add("--width", type=int, help="of images; default 320, sizes: 640")
+    add("--objects", type=int, default=7, help="targets of each image")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--without", nargs="+", default=[], choices=LEVERS, metavar="LEVER",
+        help=f"compare with ours without these, of {', '.join(LEVERS)}")
+    add("--each", action="store_true", help="compare with ours without one lever at a time")
+    add("--compile", action="store_true", help="compare with ours under torch.compile")
+    add("--official", default="", help="compare with this clone of facebookresearch/detr")
+    add("--memory", action="store_true", help="measure peak memory, in processes of their own")
+    add("--data", default="data/coco", help="loader: a folder in COCO's layout")
+    add("--num_workers", type=int, default=0, help="loader: its processes")
+    add("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS, help="mixers: which")
+    add("--plot", default="", help="mixers: a picture, .png or .svg")
+    add("--detections", type=int, default=500_000, help="evaluator: how many")
+    add("--images", type=int, default=0, help="evaluator: default 5000; loader: 64")
+    add("--peers", action="store_true", help="evaluator: compare with others that are installed")
+    add("--child", nargs=2, metavar=("PART", "FOLDER"), help=argparse.SUPPRESS)
     return parser
 
 
-def main(argv=None):
+def main():
     parser = options()
-    args = parser.parse_args(argv)
-    args.repeats = args.repeats or (5 if args.what == "evaluator" else 7)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parser.parse_args()
+    if (args.official or args.compile) and MODES[args.mode] is not bench_model:
+        parser.error(f"--official and --compile do not go with {args.mode}")
     try:
-        result = MODES[args.what](args)
-    except (ValueError, FileNotFoundError) as error:
+        result = MODES[args.mode](args)
+    except UserError as error:
         parser.error(str(error))
-    if args.what == "sizes":                        # it has printed its tables
+    if args.mode == "sizes":                                # has printed its tables
         return
-    if not args.one and args.what != "evaluator":
-        shown = SHOWN["model" if MODES[args.what] is bench_model else args.what]
-        result = {"what": args.what, **{k: getattr(args, k) for k in shown},
-                  "threads": torch.get_num_threads(), "repeats": args.repeats, **result}
+    if not args.child:
+        result = {"command": " ".join(sys.argv[1:]), "device": args.device,
+                  "threads": torch.get_num_threads(), **result}
     print(json.dumps(result))
 
 

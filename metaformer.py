@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from coco_eval import UserError
 from options import check_options
 from mixers import MIXERS, MixerConfig, StarReLU, to_grid
-from resnet import BatchNorm2d, Normalise
+from resnet import Normalise, SyncedBatchNorm2d
 
 
 # -- norms of tokens: forward(x, valid) -> (B, N, C) ---------------------------------------------
@@ -53,7 +53,7 @@ class TokenLayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-class TokenBatchNorm(BatchNorm2d):
+class TokenBatchNorm(SyncedBatchNorm2d):
     """Normalises each channel over all images; in training, padded tokens count too."""
 
     def __init__(self, C, eps, bias=True):

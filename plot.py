@@ -3,7 +3,8 @@
     python plot.py out/attention out/pool --out curves.png
     python plot.py out/log.txt detr-r50_log.txt                 # the published log beside it
 
-Reads log.txt, one JSON object per epoch. Needs matplotlib (requirements-dev.txt).
+Reads log.txt, one JSON object per epoch. `python bench.py mixers --plot` draws here, too.
+Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -60,6 +61,23 @@ def draw(axes, path, records):
         axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
     axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
                  marker=".", label=label(path))
+
+
+def plot_mixers(rows, path):
+    """Seconds and memory over the number of tokens, a line for each mixer.
+
+    rows: dicts with "mixer", "tokens", "median" (seconds) and "memory_mb", from bench.py.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, field, title in zip(axes, ("median", "memory_mb"), ("seconds", "peak memory, MB")):
+        for mixer in dict.fromkeys(r["mixer"] for r in rows):
+            points = [(r["tokens"], r[field]) for r in rows if r["mixer"] == mixer]
+            axis.plot(*zip(*points), marker=".", label=mixer)
+        axis.set(xlabel="tokens", title=title, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("encoder by mixer, forward and backward")
+    figure.savefig(path, dpi=120)
 
 
 def main(argv=None):

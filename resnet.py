@@ -1,4 +1,7 @@
-"""ResNet, with frozen batch norm or with batch norm over all processes.
+"""ResNet, with frozen batch norm or with batch norm over the images of all processes.
+
+    body = ResNet(ModelConfig(backbone="resnet50"))
+    x, valid = body(Normalise()(images, valid), valid)     # (B, 2048, H, W) and bool (B, H, W)
 
 Paper: arXiv:1512.03385.
 """
@@ -12,9 +15,11 @@ from images import PIXEL_MEAN, PIXEL_STD
 
 
 class Normalise(nn.Module):
-    """Images uint8 or float 0..255 (B, 3, IH, IW), RGB, in units of ImageNet's mean and deviation.
+    """Images with ImageNet's mean subtracted, divided by its standard deviation, in float32.
 
-    What is not valid (B, IH, IW) becomes 0, the mean colour. Raises ValueError for another shape.
+    images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW) or None. Padding (valid
+    False) becomes 0, which is the mean colour after normalisation. Raises ValueError for images of
+    another shape.
     """
 
     def __init__(self):
@@ -26,23 +31,27 @@ class Normalise(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
                              f"(B, 3, IH, IW)")
-        # in place: on a CPU a new map costs more than the arithmetic
+        # in place: on a CPU the memory of another map costs more time than the arithmetic
         x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         x.sub_(self.mean).div_(self.std)
         return x if valid is None else x.mul_(valid[:, None])
 
 
+# -- norms ---------------------------------------------------------------------------------------
+
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with fixed statistics and affine, all four of them buffers."""
+    """Batch norm whose statistics, weight and bias are buffers: nothing in it is trained."""
 
     def __init__(self, C):
         super().__init__()
-        for name, value in (("weight", 1.0), ("bias", 0.0),
-                            ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((C,), value))
+        self.register_buffer("weight", torch.ones(C))
+        self.register_buffer("bias", torch.zeros(C))
+        self.register_buffer("running_mean", torch.zeros(C))
+        self.register_buffer("running_var", torch.ones(C))
 
     def scale_and_shift(self):
-        scale = self.weight * (self.running_var + 1e-5).rsqrt()     # (C,)
+        """The norm as one multiplication and one addition per channel, both (C,)."""
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x):                                           # (B, C, H, W)
@@ -51,7 +60,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is that of its gradient."""
+    """The sum of a tensor over all processes; the backward pass sums the gradient likewise."""
 
     @staticmethod
     def forward(ctx, x):
@@ -64,51 +73,51 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.forward(ctx, grad)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of all processes' images together.
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that in training has the mean and variance of all processes' images together.
 
-    (torch's own SyncBatchNorm is for GPUs alone.) Every process counts alike.
+    Every process has the same weight. (torch's own SyncBatchNorm runs on GPUs only.)
     """
 
     def forward(self, x):                                           # (B, C, H, W)
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        x32, world = x.float(), dist.get_world_size()
+        world = dist.get_world_size()
+
+        # mean and variance over the processes
+        x32 = x.float()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
         mean, square = SumOverProcesses.apply(moments) / world      # (C,) each
-        var, n = (square - mean.square()).clamp(min=0), x.numel() // len(mean) * world
+        var = (square - mean.square()).clamp(min=0)
+
+        # running statistics, of which the variance is the unbiased one
+        n = x.numel() // len(mean) * world
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
             self.num_batches_tracked += 1
+
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d}
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": SyncedBatchNorm2d}
 
+
+# -- blocks --------------------------------------------------------------------------------------
 
 def conv_norm(x, conv, norm):
-    """norm(conv(x)) of a convolution without bias or groups.
+    """norm(conv(x)), for a convolution without bias or groups.
 
-    A frozen norm becomes part of weight and bias, so that no pass over the map is left for it,
-    forward or backward. In training on a CPU it stays a pass where the map has fewer pixels than a
-    kernel has weights, as it costs less there. No forward hook of the convolution or of a norm that
-    became part of it runs.
+    Folds a frozen norm into the convolution's weight and bias, which saves a pass over the feature
+    map. Forward hooks of the convolution and of a folded norm do not run.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    weight, bias, cpu = conv.weight, None, x.device.type == "cpu"
-    pixels = x[:, 0].numel() // conv.stride[0]**2
-    folded = not (cpu and conv.training and weight[0].numel() > pixels)
-    if folded:
-        scale, bias = norm.scale_and_shift()
-        weight = weight * scale[:, None, None, None]
-    # dilation is nothing to a 1 x 1 kernel, but with it torch takes oneDNN on one thread, too
-    dilation = 2 if cpu and conv.kernel_size == (1, 1) else conv.dilation
-    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, dilation)
-    return y if folded else norm(y)
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
 
 
 class ConvNorm(nn.Sequential):
@@ -126,7 +135,7 @@ def shortcut(cin, cout, stride, norm):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside the identity (arXiv:1512.03385, Fig. 5 left)."""
+    """Two 3 x 3 convolutions and a shortcut around them (arXiv:1512.03385, Fig. 5 left)."""
     expansion = 1
 
     def __init__(self, cin, width, stride, dilation, norm):
@@ -144,7 +153,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside the identity, the stride in the 3 x 3 one."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions and a shortcut around them (Fig. 5 right).
+
+    The 3 x 3 convolution has the stride, which is what torchvision's weights expect.
+    """
     expansion = 4
 
     def __init__(self, cin, width, stride, dilation, norm):
@@ -164,6 +176,8 @@ class Bottleneck(nn.Module):
         return F.relu_(y.add_(self.downsample(x)))
 
 
+# -- the whole -----------------------------------------------------------------------------------
+
 # block, blocks per stage, channels of the first stage, file published by torchvision (ImageNet V1)
 RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64, "resnet18-f37072fd.pth"),
@@ -175,9 +189,9 @@ RESNETS = {
 
 
 class ResNet(nn.Module):
-    """Feature map of the last stage, stride 32; 16 if dilated. No pooling, no classifier.
+    """The feature map of the last stage, stride 32, or 16 if dilated. No pooling, no classifier.
 
-    With frozen norms the stem and the first stage are frozen too, as in the official DETR.
+    With frozen norms the stem and the first stage are frozen too: the official DETR freezes them.
     """
 
     def __init__(self, cfg):
@@ -186,18 +200,22 @@ class ResNet(nn.Module):
         norm = NORMS[cfg.backbone_norm]
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm(width)
-        self.stages = [f"layer{k + 1}" for k in range(len(depths))]
+
+        # stages: each halves the map, but for the first and for a dilated last one
         cin, self.stride = width, 4
-        for k, (name, depth) in enumerate(zip(self.stages, depths)):
+        self.stages = [f"layer{k + 1}" for k in range(len(depths))]
+        for k, depth in enumerate(depths):
             dilated = cfg.dilation and k == len(depths) - 1
-            blocks = []
-            for i in range(depth):
-                stride = 2 if i == 0 and k > 0 and not dilated else 1
-                # the first block of a dilated stage still sees the undilated grid
-                blocks.append(block(cin, width << k, stride, 2 if dilated and i else 1, norm))
-                cin, self.stride = (width << k) * block.expansion, self.stride * stride
-            setattr(self, name, nn.Sequential(*blocks))
+            stride = 1 if k == 0 or dilated else 2
+            # the first block of a dilated stage still sees the undilated grid
+            blocks = [block(cin, width, stride, 1, norm)]
+            cin, self.stride = width * block.expansion, self.stride * stride
+            for _ in range(depth - 1):
+                blocks.append(block(cin, width, 1, 2 if dilated else 1, norm))
+            setattr(self, self.stages[k], nn.Sequential(*blocks))
+            width *= 2
         self.num_channels = cin
+
         for name, p in self.named_parameters():
             if p.dim() == 4:
                 nn.init.kaiming_normal_(p, mode="fan_out", nonlinearity="relu")
@@ -205,10 +223,12 @@ class ResNet(nn.Module):
                 p.requires_grad_(False)
 
     def forward(self, x, valid=None):
-        """Normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None to those of the map."""
-        x = F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), 3, 2, 1)
+        """Normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None: the map (B, num_channels,
+        H, W) and valid at its resolution (B, H, W), or None."""
+        x = F.relu_(conv_norm(x, self.conv1, self.bn1))
+        x = F.max_pool2d(x, 3, 2, 1)
         for name in self.stages:
-            x = getattr(self, name)(x)                              # (B, num_channels, H, W)
+            x = getattr(self, name)(x)
         if valid is not None:
             valid = F.interpolate(valid[:, None].float(), size=x.shape[2:])[:, 0] > 0  # nearest
         return x, valid
