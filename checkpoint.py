@@ -25,6 +25,19 @@ from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
 
+# Names by original category id, as the officially released DETR files number their 91 outputs;
+# eleven of these ids were never used.
+COCO_CLASSES = (
+    ",person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
+    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,"
+    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
+    "couch,potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,"
+    "microwave,oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush").split(",")
+
+
 # -- weights -------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
@@ -52,6 +65,34 @@ def read_checkpoint(path):
     except Exception as error:                    # a broken file can make torch raise anything
         raise UserError(f"{path} is not a checkpoint of plain data, or a damaged one "
                         f"({type(error).__name__})") from None
+
+
+def official_fields(path, state, dilation):
+    """The fields of the ModelConfig of an official DETR's file, from its tensors' names and shapes;
+    DC5 from the file's name or `dilation`."""
+    weights = state.get("model", state) if isinstance(state, dict) else {}
+    if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
+        raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
+                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
+                        f"NAME)")
+
+    def count(prefix):
+        return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
+
+    args = state.get("args")                                         # of training checkpoints
+    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in weights
+    backbone = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50",
+                (True, 23): "resnet101"}.get((bottleneck, count("backbone.0.body.layer3.")), "")
+    ff, C = weights["transformer.decoder.layers.0.linear1.weight"].shape
+    return dict(
+        backbone=backbone, hidden_dim=C, dim_feedforward=ff, nheads=getattr(args, "nheads", 8),
+        dilation=dilation or "dc5" in os.path.basename(path) or getattr(args, "dilation", False),
+        position_embedding="learned" if "backbone.1.row_embed.weight" in weights else "sine",
+        enc_layers=count("transformer.encoder.layers."),
+        dec_layers=count("transformer.decoder.layers."),
+        pre_norm="transformer.encoder.norm.weight" in weights,
+        num_queries=len(weights["query_embed.weight"]),
+        num_classes=len(weights["class_embed.bias"]) - 1)
 
 
 def rename_official_keys(state):
@@ -243,6 +284,19 @@ def first_weights(model, cfg, state, classes):
     return [first, *(f"         {line}" for line in report or ["all taken"])]
 
 
+def load_optimizer(optimizer, state):
+    """The state of a checkpoint's optimizer, with the rates and the weight decay given now."""
+    now = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        raise UserError("--resume: the optimizer's state is of other trained tensors; "
+                        "--lr_backbone cannot change between 0 and more, --finetune starts "
+                        "anew") from None
+    for group, options in zip(optimizer.param_groups, now):
+        group.update(options)
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 # options that may change from one start to the next without changing what is computed
@@ -371,8 +425,8 @@ def check_located(options, checkpoint):
     """Raises UserFileError for a data path of a checkpoint's options that is not there."""
     for name in DATA_PATHS:
         if options.get(name) and not os.path.exists(options[name]):
-            raise UserFileError(f"{options[name]} not found: the checkpoint {checkpoint} was trained "
-                                f"with it as --{name}; give --data DIR, or --val_json and "
+            raise UserFileError(f"{options[name]} not found: the checkpoint {checkpoint} was "
+                                f"trained with it as --{name}; give --data DIR, or --val_json and "
                                 f"--val_images")
 
 

@@ -12,7 +12,6 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
 
 import argparse
 import json
-import os
 import sys
 
 import numpy as np
@@ -25,22 +24,10 @@ from coco_eval import UserError, ap_table, coco_eval, evaluate_columns, result_j
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (check_known, check_located, load_weights, located_data, read_checkpoint,
-                        read_run)
+from checkpoint import (COCO_CLASSES, check_known, check_located, load_weights, located_data,
+                        official_fields, read_checkpoint, read_run)
 from model import ModelConfig, build_model
 from config import TrainConfig, check_grid
-
-# Names by original category id, as the officially released DETR files number their 91 outputs;
-# eleven of these ids were never used.
-COCO_CLASSES = (
-    ",person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
-    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
-    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,"
-    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
-    "couch,potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,"
-    "microwave,oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush").split(",")
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -52,7 +39,7 @@ def postprocess(logits, boxes, sizes):
     width). Each dict: "scores" (Q,) in [0, 1], "labels" (Q,) int64 class indices, "boxes" (Q, 4)
     xyxy pixels. No threshold, no suppression, no clipping. Source: arXiv:2005.12872, Appendix A.4.
     """
-    # softmax over the classes and no-object: see also matching_cost and set_loss
+    # softmax over classes and no-object: change it here, in matching_cost and set_loss together
     scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)               # (B, Q)
     h, w = torch.as_tensor(sizes, dtype=torch.float32, device=boxes.device).unbind(1)
     boxes = cxcywh_to_xyxy(boxes.float()) * torch.stack([w, h, w, h], 1)[:, None]
@@ -68,15 +55,16 @@ def check_finite(detections, image):
 
 def detection_rows(outputs, targets, dataset):
     """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
-    (logits, boxes), rows = outputs, []
+    logits, boxes = outputs                                         # of all decoder layers
+    rows = []
     found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
     for target, d in zip(targets, found):
         check_finite(d, dataset.image_ids[target["index"]])
-        xy, x1y1 = d["boxes"][:, :2], d["boxes"][:, 2:]
+        x1y1, x2y2 = d["boxes"][:, :2], d["boxes"][:, 2:]
         image = torch.full_like(d["scores"], target["index"], dtype=torch.float64)
-        row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], xy,
-                         x1y1 - xy], 1)
-        rows.append(row.double().cpu())
+        row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], x1y1,
+                         x2y2 - x1y1], 1)                           # float64, as image is
+        rows.append(row.cpu())
     return torch.cat(rows)
 
 
@@ -95,7 +83,7 @@ def sum_over_processes(tensor):
 
 
 def gather_rows(rows):
-    """The rows (n, ...) of all processes, on each: n is gathered first, the rest padded to it."""
+    """The rows (n, ...) of all processes, on each; as n differs, all are padded to the largest."""
     if not dist.is_initialized():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -160,15 +148,15 @@ def coco_results(rows, dataset):
 
 def load_model(path, name="", dilation=False):
     """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
-    one that was never used), "category_ids", "train" (options it was trained with, {} for official
-    files).
+    one that was never used; None for an official classifier), "category_ids", "train" (options it
+    was trained with, {} for official files).
 
     Official files do not store their configuration. A classifier's name in MODELS must be given; a
     DETR's layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
     UserError, UserFileError.
     """
     state = read_checkpoint(path)
-    if isinstance(state, dict) and "model_config" in state:
+    if isinstance(state, dict) and "model_config" in state:          # a run of train.py
         if name:
             raise UserError(f"--model {name} is for official files, {path} says what it holds")
         state = read_run(path, state)
@@ -177,43 +165,17 @@ def load_model(path, name="", dilation=False):
         model = build_model(kind(**state["model_config"]))
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
                 "train": located_data(state)}
-    elif name:
+    elif name:                                                       # an official classifier
         if name not in METAFORMERS:
             raise UserError(f"--model {name} is no classifier: {', '.join(METAFORMERS)}")
         model, info = build_model(name), {"classes": None, "train": {}}
-    else:
-        cfg = official_config(path, state, dilation)
-        model, K = build_model(cfg), cfg.num_classes
+    else:                                                            # an official DETR
+        model = build_model(ModelConfig(**official_fields(path, state, dilation)))
+        K = model.cfg.num_classes
         names = COCO_CLASSES if K == len(COCO_CLASSES) else [f"class {k}" for k in range(K)]
         info = {"classes": list(names), "category_ids": list(range(K)), "train": {}}
     load_weights(model, state)
     return model.to(memory_format=torch.channels_last), info
-
-
-def official_config(path, state, dilation):
-    """The ModelConfig of an official DETR's file, from the shapes and names of its tensors."""
-    weights = state.get("model", state) if isinstance(state, dict) else {}
-    if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
-        raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
-                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
-                        f"NAME)")
-
-    def count(prefix):
-        return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
-    args = state.get("args")                                         # of training checkpoints
-    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in weights
-    backbone = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50",
-                (True, 23): "resnet101"}.get((bottleneck, count("backbone.0.body.layer3.")), "")
-    ff, C = weights["transformer.decoder.layers.0.linear1.weight"].shape
-    return ModelConfig(
-        backbone=backbone, hidden_dim=C, dim_feedforward=ff, nheads=getattr(args, "nheads", 8),
-        dilation=dilation or "dc5" in os.path.basename(path) or getattr(args, "dilation", False),
-        position_embedding="learned" if "backbone.1.row_embed.weight" in weights else "sine",
-        enc_layers=count("transformer.encoder.layers."),
-        dec_layers=count("transformer.decoder.layers."),
-        pre_norm="transformer.encoder.norm.weight" in weights,
-        num_queries=len(weights["query_embed.weight"]),
-        num_classes=len(weights["class_embed.bias"]) - 1)
 
 
 def check_device(device):
@@ -241,7 +203,7 @@ def evaluation_set(args, model, info):
     # flags over the checkpoint's options, as the options of a run that is evaluated only
     if not options:
         options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
-    if args.data or args.val_json:
+    if args.data or args.val_json:                                   # (a run names both splits)
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
                        val_json=args.val_json, val_images=args.val_images, overfit=0)
     else:
@@ -293,8 +255,9 @@ def main(argv=None):
     if classifier and args.save_json:
         raise UserError("--save_json is for detections, the checkpoint holds a classifier")
     dataset = evaluation_set(args, model, info)
-    what = (f"classifier, mixers {model.cfg.mixers}" if classifier else
-            f"{model.cfg.backbone}, {model.cfg.mixer}")
+    c = model.cfg
+    what = f"classifier, mixers {c.mixers}" if classifier else (
+        f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")
     print(f"{args.checkpoint}: {what}; {len(dataset)} images, "
           f"{sum(map(bool, dataset.classes))} classes; {args.device}, float32", *dataset.notes,
           sep="\n")

@@ -53,12 +53,16 @@ def gather_pairs(pairs, targets, device):
     pairs: match() of L layers. Every layer has the same number M of pairs. Returns the index
     (layer, image, query), each (L, M), of the predictions; their labels (L, M); boxes (L, M, 4).
     """
-    layer = torch.arange(len(pairs))[:, None]
-    image = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs[0])])
-    query = torch.stack([torch.cat([q for q, _ in layer_pairs]) for layer_pairs in pairs])
-    labels, boxes = (torch.stack([torch.cat([t[key][k] for t, (_, k) in zip(targets, layer_pairs)])
-                                  for layer_pairs in pairs]) for key in ("labels", "boxes"))
-    index = torch.stack([layer.expand_as(query), image.expand_as(query), query])
+    index, labels, boxes = [], [], []
+    for layer, layer_pairs in enumerate(pairs):
+        for image, (query, target) in enumerate(layer_pairs):
+            place = torch.full_like(query, layer), torch.full_like(query, image), query
+            index.append(torch.stack(place))                                # (3, min(Q, T))
+            labels.append(targets[image]["labels"][target])
+            boxes.append(targets[image]["boxes"][target])
+    L = len(pairs)
+    index = torch.cat(index, 1).view(3, L, -1)                                          # (3, L, M)
+    labels, boxes = torch.cat(labels).view(L, -1), torch.cat(boxes).view(L, -1, 4)
     index, labels, boxes = (x.to(device, non_blocking=True) for x in (index, labels, boxes))
     return tuple(index), labels, boxes
 
@@ -74,18 +78,21 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None):
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
     of B dicts with "labels" (T,) int64 and "boxes" (T, 4). normalizers: loss_normalizers of the
-    whole step per process (their sum divided by the number of processes), None: of these targets.
+    whole step, divided by the number of processes, because DDP averages their gradients; None: of
+    these targets.
 
     Returns "loss", the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer,
-    "class_error" (percent of the matched queries with a wrong class; 100 if there is none) and
-    "cardinality_error" (mean error in the number of objects); and, but for class_error, those of
-    layer i under "..._i". Computed in float32. Raises ValueError if a cost is not finite.
+    "class_error" (percent of the matched queries with a wrong class; 100 if no query is matched)
+    and "cardinality_error" (mean error in the number of objects); all but class_error also for
+    every earlier layer i, as "loss_ce_i". Computed in float32. Raises ValueError if a cost is not
+    finite.
     Source: DETR, arXiv:2005.12872, Sec. 3.1, Eq. 2.
     """
     if not cfg.aux_loss:
         logits, boxes = logits[-1:], boxes[-1:]
     logits, boxes = logits.float(), boxes.float()
-    (L, B, Q, _), K, device = logits.shape, logits.shape[-1] - 1, logits.device
+    (L, B, Q, classes), device = logits.shape, logits.device
+    K = classes - 1
     if normalizers is None:
         normalizers = loss_normalizers(targets, Q)
     objects, matched, images = normalizers.tolist()
@@ -94,13 +101,13 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None):
     index, labels, target_boxes = gather_pairs(pairs, targets, device)
 
     # classes: every query without an object should say "no object", class K.
-    # softmax over the classes and no-object: see also matching_cost and postprocess
-    classes = torch.full((L, B, Q), K, device=device)
-    classes[index] = labels
+    # softmax over classes and no-object: change it here, in matching_cost and postprocess together
+    wanted = torch.full((L, B, Q), K, device=device)
+    wanted[index] = labels
     weight = torch.ones(K + 1, device=device)
     weight[K] = cfg.eos_coef
-    ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
-    # the mean is over the weights of the true classes, not over the queries
+    ce = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
+    # the mean, as F.cross_entropy's, divides by the sum of the weights of the wanted classes
     weight_sum = matched + cfg.eos_coef * (images * Q - matched)
     loss_ce = ce.view(L, -1).sum(1) / max(weight_sum, 1e-12)                            # (L,)
 

@@ -18,7 +18,7 @@ class NotFiniteError(UserError):
 
 def pad_targets(targets, num_classes, device):
     """Labels (B, T) and boxes (B, T, 4) of all images, T the largest number of objects; padded with
-    class 0 and a box over the whole image. One transfer to the device for each."""
+    class 0 and a box over the whole image. Each is copied to the device once."""
     for t in targets:                               # on a GPU a wrong index would end the process
         if len(t["labels"]) and not 0 <= t["labels"].min() <= t["labels"].max() < num_classes:
             raise UserError(f"labels {t['labels'].tolist()} do not lie in 0 .. {num_classes - 1}")
@@ -33,7 +33,7 @@ def pad_targets(targets, num_classes, device):
 
 @torch.no_grad()
 def matching_cost(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
-    """Cost of giving each object of an image to each of its queries: (L, B, Q, T), float32.
+    """Cost of every pair of a query and an object of the same image: (L, B, Q, T), float32.
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh; T the largest number of objects in an image.
     The columns beyond an image's own objects are padding: ignore them. Eq. 1: minus the probability
@@ -42,7 +42,7 @@ def matching_cost(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_gi
     labels, target_boxes = pad_targets(targets, logits.shape[-1] - 1, logits.device)
     L, B, Q, _ = boxes.shape
 
-    # softmax over the classes and no-object: see also set_loss and postprocess
+    # softmax over classes and no-object: change it here, in set_loss and in postprocess together
     probability = logits.float().softmax(-1)                               # (L, B, Q, K+1)
     index = labels[None, :, None].expand(L, B, Q, -1)                      # (L, B, Q, T)
     cost = -cost_class * probability.gather(3, index)
@@ -69,10 +69,12 @@ def match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
         return match(logits[None], boxes[None], targets, cost_class, cost_bbox, cost_giou)[0]
     costs = matching_cost(logits, boxes, targets, cost_class, cost_bbox, cost_giou).cpu()
     if not costs.isfinite().all():
-        layer, image = (~costs.isfinite()).nonzero()[0, :2].tolist()
-        raise NotFiniteError(f"the matching cost is not finite, first in decoder layer {layer}, "
+        number, image = (~costs.isfinite()).nonzero()[0, :2].tolist()
+        raise NotFiniteError(f"the matching cost is not finite, first in decoder layer {number}, "
                              f"image {image} of the batch: the predictions or the targets hold NaN "
                              f"or infinity")
-    counts = [len(t["labels"]) for t in targets]
-    return [[tuple(map(torch.from_numpy, linear_sum_assignment(cost[:, :T].numpy())))
-             for cost, T in zip(layer, counts)] for layer in costs]
+    counts, pairs = [len(t["labels"]) for t in targets], []
+    for layer in costs:                                                    # (B, Q, T)
+        found = [linear_sum_assignment(cost[:, :T].numpy()) for cost, T in zip(layer, counts)]
+        pairs.append([(torch.from_numpy(q), torch.from_numpy(t)) for q, t in found])
+    return pairs

@@ -4,15 +4,15 @@
     y = mixer(x, pos, valid, grid)                # (B, N, C) -> (B, N, C)
 
 Self-attention is one way of mixing among others (MetaFormer, arXiv:2111.11418): the same classes
-serve the detector and the classifiers. Every mixer keeps four promises:
+serve the detector and the classifiers. Every mixer is called as mixer(x, pos, valid, grid):
 
     x      tokens (B, N, C) of the grid (H, W), N = H*W; the decoder's Q queries are a 1 x Q grid
-    pos    positions (B or 1, N, C), to be added to x where a mixer uses them, or None
+    pos    positions, which broadcast to x, to be added to x where a mixer uses them, or None
     valid  bool (B, N), True = token of the image, False = padding; None = all are valid
-    ->     (B, N, C); no valid token depends on a padded one, and padded places may hold anything
+    ->     (B, N, C); no valid token depends on a padded one; results at padded places are ignored
 
-A class whose weights belong to the places of one largest grid says fixed_grid = True. Names of
-biases begin with "b": they get no weight decay and start at 0 in the classifiers.
+A class whose weights belong to the places of one largest grid says fixed_grid = True. A bias of two
+dimensions has a name that begins with "b" (b2): the classifiers start it at 0, without decay.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class MixerConfig:
     out_bias: bool = True                          # attention: bias of the output
     pool_size: int = 3                             # pool: side of the window in tokens, odd
     tokens_mlp_dim: int = 128                      # mlp: hidden units over the tokens
-    max_grid: tuple = (42, 42)                     # mlp, fc, random: the largest (H, W) to come
+    max_grid: tuple = (42, 42)                     # mlp, fc, random: the largest (H, W) they take
 
 
 class AttentionMixer(nn.Module):
@@ -43,7 +43,8 @@ class AttentionMixer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        C, self.nh, self.dropout_rate = cfg.hidden_dim, cfg.nheads, cfg.dropout
+        C = cfg.hidden_dim
+        self.nh, self.dropout_rate = cfg.nheads, cfg.dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * C, C))   # query, key and value
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * C)) if cfg.qkv_bias else None
         self.out_proj = nn.Linear(C, C, bias=cfg.out_bias)
@@ -57,12 +58,12 @@ class AttentionMixer(nn.Module):
 
     def attend(self, q, k, v, valid):
         """Cross-attention: queries q (B, M, C) read values v (B, N, C) by keys k (B, N, C)."""
-        B, M, C = q.shape
-        weights, biases = self.in_proj_weight.chunk(3), (None, None, None)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, weight, bias).view(B, -1, self.nh, C // self.nh).transpose(1, 2)
-                   for x, weight, bias in zip((q, k, v), weights, biases))     # (B, nh, M|N, hs)
+        (B, M, C), N, nh, bias = q.shape, k.shape[1], self.nh, self.in_proj_bias
+        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+        q = F.linear(q, w_q, b_q).view(B, M, nh, C // nh).transpose(1, 2)      # (B, nh, M, hs)
+        k = F.linear(k, w_k, b_k).view(B, N, nh, C // nh).transpose(1, 2)      # (B, nh, N, hs)
+        v = F.linear(v, w_v, b_v).view(B, N, nh, C // nh).transpose(1, 2)      # (B, nh, N, hs)
 
         may_attend = None if valid is None else valid[:, None, None, :]        # (B, 1, 1, N)
         p = self.dropout_rate if self.training else 0.0
@@ -73,7 +74,7 @@ class AttentionMixer(nn.Module):
 def to_grid(x, valid, grid):
     """Tokens (B, N, C) as a map (B, C, H, W) with zeros in the padding, and valid as a map of
     ones and zeros (B or 1, 1, H, W)."""
-    (B, N, C), (H, W) = x.shape, grid
+    (B, _, C), (H, W) = x.shape, grid
     x = x.transpose(1, 2).view(B, C, H, W)
     if valid is None:
         return x, x.new_ones(1, 1, H, W)
@@ -147,7 +148,7 @@ class SepConvMixer(nn.Module):
 
     def forward(self, x, pos, valid, grid):
         g, _ = to_grid(self.act1(self.pwconv1(x)), valid, grid)     # (B, 2C, H, W)
-        return self.pwconv2(self.dwconv(g).flatten(2).transpose(1, 2))
+        return self.pwconv2(self.dwconv(g).flatten(2).transpose(1, 2))      # (B, N, C)
 
 
 class FixedGridMixer(nn.Module):
@@ -159,7 +160,7 @@ class FixedGridMixer(nn.Module):
         super().__init__()
         self.max_grid = cfg.max_grid
 
-    def check(self, grid):
+    def check_grid(self, grid):
         rows, cols = self.max_grid
         if grid[0] > rows or grid[1] > cols:
             raise ValueError(f"{type(self).__name__} was built for at most {rows} x {cols} tokens, "
@@ -176,7 +177,7 @@ class FcMixer(FixedGridMixer):
         self.weight = nn.Parameter(torch.randn(*cfg.max_grid, *cfg.max_grid) * N ** -0.5)
 
     def forward(self, x, pos, valid, grid):
-        self.check(grid)
+        self.check_grid(grid)
         N, (H, W) = x.shape[1], grid
         weight = self.weight[:H, :W, :H, :W].reshape(N, N)          # (to, from)
         return weight @ (x if valid is None else x * valid[..., None])
@@ -194,7 +195,7 @@ class MlpMixer(FixedGridMixer):
         self.b2 = nn.Parameter(torch.zeros(rows, cols))
 
     def forward(self, x, pos, valid, grid):
-        self.check(grid)
+        self.check_grid(grid)
         H, W = grid
         w1, w2, b2 = (w[..., :H, :W].flatten(-2) for w in (self.w1, self.w2, self.b2))
         if valid is not None:
@@ -205,7 +206,7 @@ class MlpMixer(FixedGridMixer):
 
 class RandomMixer(FixedGridMixer):
     """A fixed random mean over the tokens (arXiv:2111.11418, Table 5): uniform numbers, softmax
-    by row, each row normalised over the valid tokens. As large as the largest grid squared."""
+    by row, each row normalised over the valid tokens. The matrix has (rows * cols)^2 numbers."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -214,7 +215,7 @@ class RandomMixer(FixedGridMixer):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x, pos, valid, grid):
-        self.check(grid)
+        self.check_grid(grid)
         N, (H, W) = x.shape[1], grid
         weight = self.weight[:H, :W, :H, :W].reshape(N, N)          # (to, from)
         if valid is None:

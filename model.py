@@ -18,30 +18,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixers import MIXERS, MixerConfig
-from coco_eval import UserError
+from coco_eval import UserError                        # a ValueError, printed as one line
 from options import check_options
 from resnet import NORMS, RESNETS, Normalise, ResNet
 from metaformer import METAFORMERS, MetaFormer, MetaFormerBackbone, MetaFormerConfig
 from checkpoint import load_weights                    # part of this file's interface
 
-# --backbone: what builds it from a ModelConfig. A backbone has `stride` (pixels of a token's side)
-# and `num_channels`; forward takes normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None
-# and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None.
+# --backbone: the class of each, built from a ModelConfig. A backbone has `stride` (pixels of a
+# token's side) and `num_channels`; forward takes normalised images (B, 3, IH, IW) and valid
+# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None.
 BACKBONES = {name: ResNet for name in RESNETS}
 BACKBONES |= {name: MetaFormerBackbone for name, cfg in METAFORMERS.items() if cfg.takes_any_size}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes a DETR; each field is a flag of train.py."""
+    """Everything that shapes a DETR. A field is a flag: type, help, and choices or least value."""
     mixer: Annotated[str, "token mixer of both self-attentions", MIXERS] = "attention"
-    encoder_mixer: Annotated[str, "token mixer of the encoder alone", ("", *MIXERS)] = ""
-    decoder_mixer: Annotated[str, "token mixer of the decoder alone", ("", *MIXERS)] = ""
+    encoder_mixer: Annotated[str, "of the encoder, if not --mixer", ("", *MIXERS)] = ""
+    decoder_mixer: Annotated[str, "of the decoder, if not --mixer", ("", *MIXERS)] = ""
     pool_size: Annotated[int, "side of the pooling window in tokens, odd", 1] = 3
     grid_rows: Annotated[int, "rows of the largest token grid that mlp, fc and random take", 1] = 42
     grid_cols: Annotated[int, "its columns; 42 x 42 covers 1333 pixels at stride 32", 1] = 42
     tokens_mlp_dim: Annotated[int, "hidden units of the mlp mixer, over the tokens", 1] = 128
-    backbone: Annotated[str, "what gives the tokens", BACKBONES] = "resnet50"
+    backbone: Annotated[str, "network that computes the tokens", BACKBONES] = "resnet50"
     backbone_stage: Annotated[int, "last stage used of a MetaFormer, 1 to 4: stride 4 to 32", 1] = 4
     backbone_norm: Annotated[str, "of a ResNet; frozen with pretrained weights", NORMS] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
@@ -68,9 +68,10 @@ class ModelConfig:
         if self.backbone_stage > 4 or self.backbone_stage < 4 and self.backbone in RESNETS:
             raise UserError(f"--backbone_stage {self.backbone_stage} must be 1 to 4, and 4 for a "
                             f"ResNet such as {self.backbone}")
-        if not self.position_temperature > 0 or self.dropout >= 1:
-            raise UserError(f"--position_temperature {self.position_temperature} must be over 0, "
-                            f"--dropout {self.dropout} below 1")
+        if not self.position_temperature > 0:                       # refuses NaN, too
+            raise UserError(f"--position_temperature {self.position_temperature} must be over 0")
+        if self.dropout >= 1:
+            raise UserError(f"--dropout {self.dropout} must be below 1")
         if self.pool_size % 2 == 0:
             raise UserError(f"--pool_size {self.pool_size} must be odd, to have a centre")
 
@@ -89,15 +90,16 @@ class SinePosition(nn.Module):
         self.dim, self.temperature = cfg.hidden_dim // 2, cfg.position_temperature
 
     def forward(self, valid):
-        # a sine and its cosine share a wavelength; they grow from 2 pi to 2 pi * temperature
+        # a sine and its cosine share a divisor; the divisors grow from 1 towards temperature
         i = torch.arange(0, self.dim, 2, dtype=torch.float32, device=valid.device)
-        wavelength = self.temperature ** (i / self.dim)                     # (dim / 2,)
+        divisor = self.temperature ** (i / self.dim)                        # (dim / 2,)
 
         row = valid.cumsum(1, dtype=torch.float32)                          # (B, H, W), from 1
         col = valid.cumsum(2, dtype=torch.float32)
         halves = []
         for place, last in ((row, row[:, -1:, :]), (col, col[:, :, -1:])):
-            angle = (place / (last + 1e-6) * (2 * math.pi))[..., None] / wavelength
+            angle = place / (last + 1e-6) * (2 * math.pi)                   # (B, H, W)
+            angle = angle[..., None] / divisor                              # (B, H, W, dim / 2)
             halves.append(torch.stack([angle.sin(), angle.cos()], 4).flatten(3))
         return torch.cat(halves, 3).flatten(1, 2)                           # (B, N, C)
 
@@ -119,6 +121,7 @@ class LearnedPosition(nn.Module):
                             f"use smaller images or --position_embedding sine")
         col = self.col_embed.weight[:W].expand(H, W, -1)
         row = self.row_embed.weight[:H, None].expand(H, W, -1)
+        # column first: the order of the official weights
         return torch.cat([col, row], 2).flatten(0, 1).expand(B, -1, -1)     # (B, N, C)
 
 
@@ -132,7 +135,7 @@ def build_mixer(name, cfg, max_grid):
 
 
 class TransformerLayer(nn.Module):
-    """What encoder and decoder layers share: the feed-forward block, the residual around blocks."""
+    """The common part of encoder and decoder layers: feed-forward block, residual, dropout."""
 
     def __init__(self, cfg, norms):
         super().__init__()
@@ -178,6 +181,8 @@ class DecoderLayer(TransformerLayer):
         self.multihead_attn = build_mixer("attention", cfg, None)
 
     def forward(self, x, query_pos, memory, keys, valid):
+        """x (B, Q, C), query_pos (Q, C); of the image memory and keys = memory + pos, both
+        (B, N, C), and valid (B, N) or None."""
         def mix_queries(y):
             return self.self_attn(y, query_pos, None, self.grid)
 
@@ -213,6 +218,7 @@ class Decoder(nn.Module):
 
     def forward(self, query_pos, memory, pos, valid):
         """query_pos (Q, C), memory (B, N, C) -> the normed states of all layers (L, B, Q, C)."""
+        # the queries start as zeros; query_pos tells them apart
         x = torch.zeros_like(query_pos).expand(len(memory), -1, -1)
         keys, states = memory + pos, []
         for layer in self.layers:
@@ -273,7 +279,7 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(C, cfg.num_classes + 1)        # the last one is "no object"
         self.bbox_embed = MLP(C, C, C, 4)
         self.query_embed = nn.Embedding(cfg.num_queries, C)
-        self.backbone = nn.Sequential(Backbone(cfg), position(cfg))
+        self.backbone = nn.Sequential(Backbone(cfg), position(cfg))  # names backbone.0, backbone.1
         self.input_proj = nn.Conv2d(self.backbone[0].body.num_channels, C, 1)
         self.normalise = Normalise()
 
@@ -285,16 +291,18 @@ class DETR(nn.Module):
         boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32.
         """
         # the image as a grid of tokens
-        x, valid = self.backbone[0](self.normalise(images, valid), valid)
+        backbone, position = self.backbone
+        x, valid = backbone(self.normalise(images, valid), valid)
         x = self.input_proj(x)                                                   # (B, C, H, W)
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
 
         # their positions; without padding the same for all images
         if valid is None:
-            pos = self.backbone[1](images.new_ones(1, *grid, dtype=torch.bool))  # (1, N, C)
+            pos = position(images.new_ones(1, *grid, dtype=torch.bool))          # (1, N, C)
         else:
-            pos, valid = self.backbone[1](valid), valid.flatten(1)               # (B, N, C), (B, N)
+            pos = position(valid)                                                # (B, N, C)
+            valid = valid.flatten(1)                                             # (B, N)
 
         states = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
         with torch.autocast(images.device.type, enabled=False):     # bfloat16 boxes are 1/256 wrong

@@ -14,11 +14,10 @@ arXiv:2005.12872; MetaFormer, arXiv:2111.11418.
 
 import math
 import os
-import signal
 import sys
 import time
 from collections import namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,14 +29,15 @@ from coco_eval import UserError
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
-from checkpoint import check_output_dir, find_resume, first_weights, save_run, truncate_logs
+from checkpoint import (check_output_dir, find_resume, first_weights, load_optimizer, save_run,
+                        truncate_logs)
 from model import build_model
 from losses import loss_normalizers, set_loss
 from config import OVERFIT_REPEATS, TrainConfig, make_configs, parse_options
 from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
-from report import (Interval, append_json, banner, classification_report, detection_report,
-                    draw_batch, draw_classes, draw_detections, epoch_record, explain, hint, hms,
-                    say)
+from report import (Interval, append_json, banner, catch_signals, classification_report,
+                    detection_report, draw_batch, draw_classes, draw_detections, end_workers,
+                    epoch_record, explain, hint, hms, ignore_signals, say)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -68,53 +68,14 @@ def start_processes(device):
     return rank, world, device
 
 
-def catch_signals():
-    """A dict whose "stop" becomes 1.0 on Ctrl-C, SIGTERM or SIGHUP, and "code" 128 + the signal.
-
-    A second Ctrl-C exits at once, and so does the first signal while "safe" is set, when nothing
-    would be lost.
-    """
-    interrupt = {"stop": 0.0, "code": 130, "safe": False}
-
-    def handler(number, frame):
-        again, interrupt["stop"], interrupt["code"] = interrupt["stop"], 1.0, 128 + number
-        if not again and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):                                  # the terminal may be gone
-                os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
-        if interrupt["safe"] or again and number == signal.SIGINT:
-            sys.exit(interrupt["code"])
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-    return interrupt
-
-
-def ignore_signals(worker):
-    """For loader workers: Ctrl-C, torchrun and batch systems signal all processes of a run, but the
-    training process alone decides what to do, and needs its workers until it has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                     # Windows lacks some
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))        # from end_workers
-
-
-def end_workers():
-    """Ends the loader workers of this process, which Python's own SIGTERM at exit would not."""
-    for worker in torch.multiprocessing.active_children():
-        if hasattr(signal, "SIGUSR1"):
-            os.kill(worker.pid, signal.SIGUSR1)
-
-
 # -- loaders, optimizer, schedule ----------------------------------------------------------------
 
 def build_loaders(cfg, train_set, val_set, rank, world, device):
     """Loaders of this process for training and validation."""
     workers = cfg.num_workers
     if workers < 0:                                # the cores of a process, less one for itself
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, max(0, (os.cpu_count() or 1) // local - 1))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, max(0, (os.cpu_count() or 1) // local_world - 1))
     options = dict(collate_fn=collate, num_workers=workers, pin_memory="cuda" in device,
                    persistent_workers=workers > 0, worker_init_fn=ignore_signals)
     repeats = OVERFIT_REPEATS if cfg.overfit else 1
@@ -128,8 +89,8 @@ def build_loaders(cfg, train_set, val_set, rank, world, device):
 def build_optimizer(model, cfg):
     """AdamW with two groups of parameters, each with its learning rate under "base_lr".
 
-    Of a detector the second is the backbone, with a learning rate of its own; of a classifier
-    biases, norms, scales and positions, without weight decay.
+    Of a detector the second is the backbone, with a learning rate of its own, frozen where that is
+    0; of a classifier biases, norms, scales and positions, without weight decay.
     """
     first = dict(params=[], lr=cfg.lr, base_lr=cfg.lr, weight_decay=cfg.weight_decay)
     second = dict(first, params=[])
@@ -143,22 +104,24 @@ def build_optimizer(model, cfg):
             p.requires_grad_(False)
         if not p.requires_grad:
             continue
-        leaf = name.split(".")[-1]
-        no_decay = p.dim() < 2 or leaf[0] == "b" or leaf in ("pos_embed", "cls_token")
-        group = second if (no_decay if classifier else "backbone" in name) else first
-        group["params"].append(p)
+        in_second = "backbone" in name
+        if classifier:
+            leaf = name.split(".")[-1]
+            in_second = p.dim() < 2 or leaf[0] == "b" or leaf in ("pos_embed", "cls_token")
+        (second if in_second else first)["params"].append(p)
     return torch.optim.AdamW([first, second], fused=True)
 
 
 def lr_factor(cfg, global_step, steps_per_epoch):
-    """Learning rate of an optimizer step (from 0), as a factor: a pure function of the step."""
+    """The factor on base_lr at an optimizer step (from 0): a pure function of the step."""
     warmup_steps = cfg.warmup_steps or cfg.warmup_epochs * steps_per_epoch
     warmup = min(1.0, (global_step + 1) / warmup_steps) if warmup_steps else 1.0
     if cfg.schedule == "step":
-        return warmup * 0.1 ** (global_step // steps_per_epoch // cfg.lr_drop)
-    least = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
+        epoch = global_step // steps_per_epoch
+        return warmup * 0.1 ** (epoch // cfg.lr_drop)
+    min_factor = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
     cosine = 0.5 * (1 + math.cos(math.pi * global_step / (cfg.epochs * steps_per_epoch)))
-    return warmup * (least + (1 - least) * cosine)
+    return warmup * (min_factor + (1 - min_factor) * cosine)
 
 
 def set_learning_rate(optimizer, factor):
@@ -171,10 +134,19 @@ def seed_step(cfg, global_step, rank, world):
     torch.manual_seed((cfg.seed * 1_000_003 + global_step) * world + rank)
 
 
-# -- one optimizer step --------------------------------------------------------------------------
+# -- a run ---------------------------------------------------------------------------------------
 
-# what differs between detectors and classifiers; a run asks once which it is, in start_run
+def detection_losses(run, images, valid, targets, normalizers, global_step):
+    """set_loss of a micro-batch; global_step is for classification_losses."""
+    logits, boxes = run.model(images, valid)                        # (L, B, Q, K+1), (L, B, Q, 4)
+    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers)
+
+
+# the functions in which detectors and classifiers differ; a run chooses once, in start_run
 Task = namedtuple("Task", "losses evaluate report draw")
+DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
+CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
+                      draw_classes)
 
 
 @dataclass
@@ -198,20 +170,54 @@ class Run:
     step: int = 0                                  # finished ones of this epoch
     epoch_sums: dict = field(default_factory=dict)     # losses, added up over steps and processes
     best_score: float = -1.0                       # AP or top-1
-    saved: float = field(default_factory=time.time)    # when, for --save_minutes
-    damaged: bool = False                          # ckpt.pt is: not worth a ckpt_prev.pt
+    saved: float = field(default_factory=time.time)    # time of the last save
+    damaged: bool = False                          # ckpt.pt is, and not kept as ckpt_prev.pt
 
 
-def detection_losses(run, images, valid, targets, normalizers, global_step):
-    logits, boxes = run.model(images, valid)                        # (L, B, Q, K+1), (L, B, Q, 4)
-    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers)
+def agree(run, micro_batches):
+    """(normalizers of the losses per process, whether to stop, whether to save), the same on all
+    processes."""
+    queries = getattr(run.model_cfg, "num_queries", 1)              # of a classifier
+    normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
+    minutes = (time.time() - run.saved) / 60
+    due = bool(run.cfg.save_minutes) and minutes > run.cfg.save_minutes
+    flags = torch.tensor([run.interrupt["stop"], float(due)])
+    total = sum_over_processes(torch.cat([normalizers, flags]))
+    return total[:3] / run.world, bool(total[3] > 0), bool(total[4] > 0)
 
+
+def finish_epoch(run, interval):
+    """Ends an epoch: evaluates every eval_every epochs, writes log.txt, best.pt and ckpt.pt."""
+    cfg, out = run.cfg, run.cfg.output_dir
+    record = epoch_record(run)
+    run.epoch, run.step, run.epoch_sums = run.epoch + 1, 0, {}
+    is_best = False
+    if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
+        run.interrupt["safe"] = True                                # a signal may end it at once
+        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype)
+        run.interrupt["safe"] = False
+        score, line, entries = run.task.report(result)
+        is_best = score > run.best_score
+        run.best_score = max(score, run.best_score)
+        record.update(entries)
+        say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
+                 f"images, {hms(interval.elapsed())} since the start")
+        if run.rank == 0:
+            run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+    if run.rank == 0:
+        append_json(f"{out}/log.txt", record)
+    if is_best:
+        save_run(run, "best.pt")
+    save_run(run)                                  # last: a kill before it repeats the evaluation
+
+
+# -- one optimizer step --------------------------------------------------------------------------
 
 def forward_backward(run, micro_batches, normalizers, global_step):
     """Adds up the gradients of a step over this process's micro-batches; returns the losses, 0-dim
     tensors on the device.
 
-    normalizers: those of the whole step (a third of them with three processes). As every loss is
+    normalizers: those of the whole step, divided by the number of processes. As every loss is
     divided by them, the gradients are those of the whole batch, however it is split.
     """
     totals = {}
@@ -219,8 +225,8 @@ def forward_backward(run, micro_batches, normalizers, global_step):
         images, valid = to_device(images, valid, run.device)
 
         # DDP averages the gradients over the processes in the last backward pass only
-        last = k == len(micro_batches) - 1
-        with nullcontext() if last or run.world == 1 else run.model.no_sync():
+        sync = k == len(micro_batches) - 1 or run.world == 1
+        with nullcontext() if sync else run.model.no_sync():
             with autocast(run.device, run.dtype):
                 losses = run.task.losses(run, images, valid, targets, normalizers, global_step)
             if k == 0:
@@ -234,11 +240,12 @@ def forward_backward(run, micro_batches, normalizers, global_step):
 
 
 def skip_if_not_finite(optimizer, losses):
-    """Once a loss or gradient is not finite, no later step changes the weights either: the host,
-    which reads the device now and then only, counts the steps in "not_finite" to find the first."""
+    """A loss or gradient that is not finite stops all updates, of this step and of every later one:
+    the host, which seldom reads the device, finds the first such step by their number."""
     finite = (losses["loss"] + losses["grad_norm"]).isfinite()
     before = getattr(optimizer, "found_inf", torch.zeros_like(losses["grad_norm"]))
-    optimizer.found_inf = before.maximum((~finite).float())     # fused AdamW does nothing where 1
+    # found_inf is GradScaler's way to tell fused AdamW to leave the weights alone
+    optimizer.found_inf = before.maximum((~finite).float())
     losses["not_finite"] = optimizer.found_inf
 
 
@@ -272,7 +279,7 @@ def train(run):
             if global_step == 0 and run.rank == 0:
                 draw_batch(run, *micro_batches[0])
 
-            # one small all-reduce: what the losses are divided by, whether any process stops, saves
+            # one small all-reduce: the normalizers, and whether to stop or to save
             normalizers, stopping, saving = agree(run, micro_batches)
 
             # rate and random numbers depend on the step's number alone: a resumed run repeats it
@@ -293,6 +300,7 @@ def train(run):
                 save_run(run, keep_previous=True)
 
         save_run(run, keep_previous=True)                           # before the evaluation can fail
+        # a signal may have come since agree()
         if sum_over_processes(torch.tensor(run.interrupt["stop"])) > 0:
             say(run, f"stopped; the same command continues from {cfg.output_dir}/ckpt.pt")
             return run.interrupt["code"]
@@ -300,81 +308,7 @@ def train(run):
     return 0
 
 
-def agree(run, micro_batches):
-    """(normalizers of the losses per process, whether to stop, whether to save), the same on all
-    processes."""
-    queries = getattr(run.model_cfg, "num_queries", 1)              # of a classifier
-    normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
-    minutes = (time.time() - run.saved) / 60
-    due = bool(run.cfg.save_minutes) and minutes > run.cfg.save_minutes
-    flags = torch.tensor([run.interrupt["stop"], float(due)])
-    total = sum_over_processes(torch.cat([normalizers, flags]))
-    return total[:3] / run.world, bool(total[3] > 0), bool(total[4] > 0)
-
-
-def finish_epoch(run, interval):
-    """Evaluates the model, writes log.txt, best.pt and ckpt.pt."""
-    cfg, out = run.cfg, run.cfg.output_dir
-    record = epoch_record(run)
-    run.epoch, run.step, run.epoch_sums = run.epoch + 1, 0, {}
-    is_best = False
-    if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
-        run.interrupt["safe"] = True                                # a signal may end it at once
-        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype)
-        run.interrupt["safe"] = False
-        score, line, entries = run.task.report(result)
-        is_best, run.best_score = score > run.best_score, max(score, run.best_score)
-        record.update(entries)
-        say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
-                 f"images, {hms(interval.elapsed())} since the start")
-        if run.rank == 0:
-            run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
-    if run.rank == 0:
-        append_json(f"{out}/log.txt", record)
-    if is_best:
-        save_run(run, "best.pt")
-    save_run(run)                                  # last: after a kill before it, all is done again
-
-
 # -- the start -----------------------------------------------------------------------------------
-
-DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
-CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
-                      draw_classes)
-
-
-def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
-    """The Run of these options, continued where there is a checkpoint; prints what was decided."""
-    interrupt = catch_signals()
-    train_set, val_set = build_datasets(cfg, model_cfg)
-    model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
-    state = find_resume(cfg, model_cfg, loss_cfg)
-
-    # the model, and its copy of weights from the checkpoint, --finetune or --backbone_weights
-    torch.manual_seed(cfg.seed)
-    raw_model = build_model(model_cfg)
-    weights = first_weights(raw_model, cfg, state, train_set.classes)
-    raw_model.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(raw_model, cfg)
-    if state:
-        load_optimizer(optimizer, state["optimizer"])
-    model = torch.compile(raw_model) if cfg.compile else raw_model
-    if dist.is_initialized():
-        device_ids = [device] if "cuda" in device else None
-        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-
-    # TF32 in training only
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    run = Run(cfg, model_cfg, loss_cfg,
-              CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION, raw_model, model,
-              optimizer, *build_loaders(cfg, train_set, val_set, rank, world, device), rank, world,
-              device, choose_dtype(cfg, device), interrupt)
-    if rank == 0:
-        check_output_dir(cfg.output_dir, raw_model)
-    say(run, *banner(run), *weights, sep="\n")
-    continue_run(run, state)
-    return run
-
 
 def build_datasets(cfg, model_cfg):
     """Training and validation set, with the same classes."""
@@ -387,19 +321,6 @@ def build_datasets(cfg, model_cfg):
         raise UserError(f"{val_set.source} lacks categories that {train_set.source} has: "
                         f"{val_set.missing[:20]}; both must list the same ones")
     return train_set, val_set
-
-
-def load_optimizer(optimizer, state):
-    """The state of a checkpoint's optimizer, with the rates and the weight decay given now."""
-    now = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError:
-        raise UserError("--resume: the optimizer's state is of other trained tensors; "
-                        "--lr_backbone cannot change between 0 and more, --finetune starts "
-                        "anew") from None
-    for group, options in zip(optimizer.param_groups, now):
-        group.update(options)
 
 
 def choose_dtype(cfg, device):
@@ -429,17 +350,52 @@ def continue_run(run, state):
                  f"{cfg.output_dir}/ckpt.pt --epochs N")
 
 
+def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
+    """The Run of these options, continued where there is a checkpoint; prints what was decided."""
+    interrupt = catch_signals()
+    train_set, val_set = build_datasets(cfg, model_cfg)
+    model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
+    state = find_resume(cfg, model_cfg, loss_cfg)
+
+    # the model, with weights from the checkpoint, --finetune or --backbone_weights
+    torch.manual_seed(cfg.seed)
+    raw_model = build_model(model_cfg)
+    weight_lines = first_weights(raw_model, cfg, state, train_set.classes)
+    raw_model.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(raw_model, cfg)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+    if dist.is_initialized():
+        device_ids = [device] if "cuda" in device else None
+        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+
+    # TF32 in training only
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
+    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg,
+              task=CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION,
+              raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
+              val_loader=val_loader, rank=rank, world=world, device=device,
+              dtype=choose_dtype(cfg, device), interrupt=interrupt)
+    if rank == 0:
+        check_output_dir(cfg.output_dir, raw_model)
+    say(run, *banner(run), *weight_lines, sep="\n")
+    continue_run(run, state)
+    return run
+
+
 def main(argv=None):
     parser, given = parse_options(argv, __doc__)
     try:
-        configs = make_configs(given)
+        model_cfg, loss_cfg, cfg = make_configs(given)
     except UserError as error:
         parser.error(str(error))
     on_rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
-        code = train(start_run(*configs, *start_processes(configs[2].device)))
+        code = train(start_run(model_cfg, loss_cfg, cfg, *start_processes(cfg.device)))
     except UserError as error:
-        code = f"error{on_rank}: {error}"
+        code = f"error{on_rank}: {error}"          # sys.exit prints a sentence and exits with 1
     except KeyboardInterrupt:
         code = 130
     except Exception as error:                     # a bug: with its traceback
