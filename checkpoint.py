@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import shutil
 import time
 import urllib.error
@@ -19,6 +20,10 @@ import zipfile
 from dataclasses import asdict, fields
 
 import torch
+try:
+    import fcntl
+except ImportError:                                                  # Windows has none
+    fcntl = None
 
 from coco_eval import UserError, UserFileError
 from resnet import RESNETS
@@ -309,6 +314,29 @@ RENAMED = {"model_config": {"token_dim": "tokens_mlp_dim", "maps": "out_stages"}
            "state": {"best_ap": "best_score"}}
 
 
+def lock_output_dir(out):
+    """An open file whose lock no other run of this machine can have; the system frees it when the
+    process ends, however it does. Raises UserFileError that names the other run."""
+    path = os.path.join(out, "lock.txt")
+    try:
+        os.makedirs(out, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                            f"another") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by workers
+    except OSError:
+        file.seek(0)
+        raise UserFileError(f"another run writes to {out} ({file.read().strip()}): give another "
+                            f"--output_dir, or end that one") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
 def check_output_dir(out, model):
     """Raises UserFileError before training if the folder cannot hold the files of a run."""
     try:
@@ -476,20 +504,23 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
 def truncate_logs(out, epoch, step, resumed):
     """Drops from the logs the records of steps that will be done again, and a line that was cut
-    off. A run killed before its first checkpoint leaves a steps.txt but no log.txt."""
+    off. What else is lost that way, another run's log or no log at all, is kept in NAME.bak."""
     paths = [os.path.join(out, name) for name in ("log.txt", "steps.txt")]
-    if not resumed and os.path.exists(paths[0]):
-        return
+    # a run killed before its first checkpoint leaves a steps.txt but no log.txt
+    another_run = not resumed and os.path.exists(paths[0])
     for path in filter(os.path.exists, paths):
-        kept = []
-        with open(path) as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
-                        kept.append(line)
-                except (ValueError, TypeError, KeyError):
-                    continue
+        kept, foreign = [], another_run
+        with open(path, errors="replace") as file:
+            lines = file.readlines()
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if (record["epoch"], record.get("step", math.inf)) <= (epoch, step):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                foreign |= line.endswith("\n")                       # not one that was cut off
+        if foreign:
+            shutil.copyfile(path, path + ".bak")
         with open(path + ".tmp", "w") as file:
-            file.writelines(kept)
+            file.writelines([] if another_run else kept)
         os.replace(path + ".tmp", path)

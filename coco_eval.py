@@ -46,7 +46,7 @@ IOU_THRS = np.linspace(0.5, 0.95, 10)
 REC_THRS = np.linspace(0, 1, 101)
 MAX_DETS = (1, 10, 100)                                         # per image and class
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2),
-               "large": (96**2, 1e10)}                          # square pixels, borders in both
+               "large": (96**2, 1e10)}                          # square pixels, a border is in both
 
 
 def take(columns, rows):
@@ -128,15 +128,15 @@ def find_pairs(gt, dt, least_iou):
 def match_pairs(pairs, cell, ignored, crowd, iou_thrs):
     """The ground truth that each detection finds: rows of gt, int64 (D, T), -1 for none.
 
-    pairs: d, g and iou of find_pairs; cell (D,) of the detections, which are sorted by falling
-    score; ignored, crowd (G,) bool; iou_thrs (T,), each of which is matched on its own. The
+    pairs: d, g and iou of find_pairs, d numbering the D candidates; cell (D,) of these, which are
+    sorted by falling score; ignored, crowd (G,) bool; iou_thrs (T,), each matched on its own. The
     detection of highest score chooses first: of the ground truths that are not taken, that of
     highest IoU (of equals the last), but any that counts before an ignored one. Any number of
     detections may find a crowd.
     """
     # each detection's pairs in the order in which it chooses
     d, g, iou = pairs
-    order = np.argsort(2 * d + ignored[g], kind="stable")
+    order = np.lexsort((ignored[g], d))                         # last key first, stable: IoU falls
     d, g = d[order], g[order]
     reached = iou[order, None] >= iou_thrs                                          # (P, T)
 
@@ -165,8 +165,8 @@ def judge(gt, dt, candidates, pairs, area_range, iou_thrs):
     ignored = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)
     in_area = (dt["area"] >= low) & (dt["area"] <= high)
     gt_of_det = match_pairs(pairs, candidates["cell"], ignored, gt["crowd"], iou_thrs)
-    in_vain = gt["never_found"] & ~ignored                      # taken, but nobody's match
-    matched = (gt_of_det >= 0) & ~in_vain[gt_of_det]                                # (C, T)
+    in_vain = gt["never_found"] & ~ignored                      # taken, but not as a match
+    matched = (gt_of_det >= 0) & ~in_vain[gt_of_det]            # -1 reads any row  # (C, T)
     true_positive = matched & ~ignored[gt_of_det]
     return (ignored, dict(dt, in_area=in_area),
             dict(candidates, matched=matched, true_positive=true_positive))
@@ -186,7 +186,9 @@ def precision_at_recall(dt, candidates, num_gt, rec_thrs, most):
     # precision at each candidate. Wrong: detections up to it that should have matched and did not.
     # COCO's epsilon makes the precision of a perfect first hit 1 - 2.2e-16
     right = candidates["true_positive"].cumsum(axis=0)                              # (C, T)
-    wrong = in_area.cumsum()[row, None] - (matched & in_area[row, None]).cumsum(axis=0)
+    counted = in_area.cumsum()[row, None]                       # (C, 1) detections up to each
+    hits = (matched & in_area[row, None]).cumsum(axis=0)        # (C, T) of them, with a match
+    wrong = counted - hits
     precision = right / (right + wrong + np.spacing(1))
 
     # the best precision at this recall or a higher one, and 0 for a recall that is not reached
@@ -195,7 +197,7 @@ def precision_at_recall(dt, candidates, num_gt, rec_thrs, most):
     score = np.append(dt["score"][row], 0)
 
     # where each recall threshold is reached; the score at recall 0 is that of the best detection
-    needed = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)              # (R,)
+    needed = np.searchsorted(np.arange(num_gt + 1) / num_gt, rec_thrs)              # (R,) hits
     first = np.stack([np.searchsorted(column, needed) for column in right.T])       # (T, R)
     scores = score[first]
     scores[:, needed == 0] = dt["score"][0] if len(dt["score"]) else 0
@@ -232,14 +234,14 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     # the pairs that may match, and the candidates: those detections that are in a pair
     gt, dt = with_cells(gt, dt)
     dt = best_detections(dt, result["max_dets"][-1])
-    least_iou = np.minimum(result["iou_thrs"], 1 - 1e-10)       # 1 allows for rounding
-    d, g, iou = find_pairs(gt, dt, least_iou.min())
-    of_candidate, d = np.unique(d, return_inverse=True)
+    thresholds = np.minimum(result["iou_thrs"], 1 - 1e-10)      # 1 allows for rounding
+    d, g, iou = find_pairs(gt, dt, thresholds.min())
+    of_candidate, d = np.unique(d, return_inverse=True)         # d is now a row of candidates
     candidates = {name: dt[name][of_candidate] for name in ("cell", "category", "rank", "row")}
 
     # a matching for each range of areas, a curve for each class and number of detections
     for a, area_range in enumerate(area_ranges.values()):
-        ignored, judged, found = judge(gt, dt, candidates, (d, g, iou), area_range, least_iou)
+        ignored, judged, found = judge(gt, dt, candidates, (d, g, iou), area_range, thresholds)
         num_gt = np.bincount(gt["category"][~ignored], minlength=K)
         result["num_gt"][:, a] = num_gt
         for k in np.flatnonzero(num_gt):
@@ -525,7 +527,9 @@ def describe_ids(ids):
     """How many ids, the first, the last and their types, for an error message."""
     ids = sorted(set(ids), key=lambda i: (type(i).__name__, i))
     types = " and ".join(sorted({type(i).__name__ for i in ids}))
-    return f"{len(ids)} ids, {ids[0]!r} to {ids[-1]!r} ({types})" if ids else "no ids"
+    if not ids:
+        return "no ids"
+    return f"{len(ids)} ids, {repr(ids[0]):.100} to {repr(ids[-1]):.100} ({types})"
 
 
 def index_ids(gt, field, chosen, order=sorted):
@@ -831,6 +835,16 @@ def result_json(result):
                for name in ("iou_thrs", "rec_thrs", "precision", "recall", "scores")}}
 
 
+def check_output(flag, path, *inputs):
+    """Raises UserError, before the work, if a file to write has no folder or is one of inputs."""
+    if not path:
+        return
+    if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
+        raise UserError(f"{flag} {path} should be a file in a folder that is there")
+    if os.path.realpath(path) in [os.path.realpath(name) for name in inputs if name]:
+        raise UserError(f"{flag} {path} would be written over what is read")
+
+
 def main(argv=None):
     """The command: reads two files, prints the summary and the table of classes."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -844,12 +858,7 @@ def main(argv=None):
                         help="pycocotools' answer also where it is odd, see coco_eval")
     parser.add_argument("--json", default="", help="write all numbers and curves there")
     args = parser.parse_args(argv)
-    if args.json and (not os.path.isdir(os.path.dirname(args.json) or ".")
-                      or os.path.isdir(args.json)):
-        raise UserError(f"--json {args.json} should be a file in a folder that is there")
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, (args.gt, args.dt)):
-        raise UserError(f"--json {args.json} would be written over what is read")
-
+    check_output("--json", args.json, args.gt, args.dt)
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
     print(summary(result), ap_table(result), sep="\n\n")
     if args.json:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 
 from coco_eval import UserError
 from options import check_options, read_options
@@ -69,6 +70,11 @@ class TrainConfig:
         if any(paths) and not all(paths) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
                             "--val_json and --val_images")
+        if self.max_size > 20_000:
+            raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
+                            f"holds the maps of such images")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed} must be below 2**63")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -197,6 +203,20 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
             if name in given and not met]
     if idle:
         raise UserError(f"no effect here: {', '.join(idle)}")
+
+
+def check_ranks_agree(options):
+    """Raises UserError if the processes of a run have different options or data, a dict."""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, options)
+    for rank, theirs in enumerate(everyone):
+        differ = [f"{name} is {value!r} on rank 0, {theirs.get(name)!r} on rank {rank}"
+                  for name, value in everyone[0].items()
+                  if name not in ("num_workers", "device") and theirs.get(name) != value]
+        if differ:
+            raise UserError(f"the processes were not started alike: {'; '.join(differ)}"[:2000])
 
 
 def check_grid(model_cfg, cfg):

@@ -61,7 +61,7 @@ def iou_and_giou(a, b):
     wh = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull = wh[..., 0] * wh[..., 1]
 
-    eps = 1e-12                                    # a box of one millionth of the image's side
+    eps = 1e-12                                    # of boxes in [0, 1]: sides of a millionth
     iou = inter / union.clamp(min=eps)
     return iou, iou - (hull - union) / hull.clamp(min=eps)
 
@@ -78,8 +78,8 @@ def generalized_box_iou(a, b):
 
 # -- augmentation --------------------------------------------------------------------------------
 
-# What is done to an image, in this order: flip (bool), resize to `resize_before_crop` (h, w), crop
-# (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan is drawn from the
+# The steps that change an image, in this order: flip (bool), resize to `resize_before_crop` (h, w),
+# crop (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan is drawn from the
 # image's size alone, so that the sampler knows every final shape without opening a file.
 Plan = namedtuple("Plan", "flip resize_before_crop crop size")
 
@@ -102,9 +102,10 @@ def plan_training(h, w, image_size, max_size, rng):
 
     flip, resize_before_crop, crop = rng.random() < 0.5, None, None
 
-    # resize and crop, unless the image is a line, whose longer side would get huge
+    # resize and crop, unless the image is very long and thin, as its longer side would get huge
     if rng.random() < 0.5 and max(h, w) <= 20 * min(h, w):
-        h, w = resize_before_crop = resized(h, w, scaled(rng.choice((400, 500, 600))))
+        resize_before_crop = resized(h, w, scaled(rng.choice((400, 500, 600))))
+        h, w = resize_before_crop
         crop_h = rng.randint(scaled(384), min(h, scaled(600)))
         crop_w = rng.randint(scaled(384), min(w, scaled(600)))
         crop = rng.randint(0, h - crop_h), rng.randint(0, w - crop_w), crop_h, crop_w
@@ -119,7 +120,8 @@ def resize(image, boxes, size):
     if (image.height, image.width) == tuple(size):
         return image, boxes
     sy, sx = size[0] / image.height, size[1] / image.width
-    return image.resize(size[::-1], Image.Resampling.BILINEAR), boxes * np.float32([sx, sy, sx, sy])
+    image = image.resize(size[::-1], Image.Resampling.BILINEAR)      # PIL: (width, height)
+    return image, boxes * np.float32([sx, sy, sx, sy])
 
 
 def apply_plan(image, boxes, labels, plan):
@@ -149,7 +151,7 @@ def apply_plan(image, boxes, labels, plan):
 # -- data sets -----------------------------------------------------------------------------------
 
 class DetectionDataset(torch.utils.data.Dataset):
-    """Images with boxes. A subclass fills ten arrays and image_dir, or has a `read` of its own.
+    """Images with boxes. A subclass fills these ten fields and image_dir, or reads by itself.
 
     classes, category_ids   lists of the K names of the labels, and of their ids in the annotations
     image_ids, files        (N,) ids, and names below image_dir, str or bytes
@@ -184,10 +186,12 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self.plan(epoch, i).size
 
     def clipped(self, rows, images):
-        """The boxes of some rows, float32 xyxy in pixels, clipped to their images."""
+        """The boxes of some rows, float32 xyxy in pixels, clipped to their images: the index of the
+        one image of all, or one for each row."""
         boxes = self.boxes[rows].astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]                                 # width, height to x2, y2
-        return boxes.clip(0, self.sizes[images][..., [1, 0, 1, 0]].astype(np.float32))
+        whwh = self.sizes[images][..., [1, 0, 1, 0]]
+        return boxes.clip(0, whwh.astype(np.float32))
 
     def objects(self, i):
         """Boxes (T, 4) float32 xyxy in pixels and labels (T,) of image i to train on: clipped to
@@ -238,6 +242,9 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self
 
 
+# of check_data.py: coco_faults and file_faults list what is wrong, refuse raises where there is
+# something, cached_arrays keeps the arrays of a large file on disk, describe_boxes counts
+
 def read_coco(json_path, image_dir):
     """The arrays of DetectionDataset by name, from a COCO instances file; instead of classes and
     labels, category_names (K,), and categories (M,), which are indices into it. Images and
@@ -267,7 +274,7 @@ def read_coco(json_path, image_dir):
         "files": np.array([os.fsencode(r["file_name"]) for r in images]),
         "sizes": np.array([(r["height"], r["width"]) for r in images]),
         "offsets": np.searchsorted(image[order], np.arange(len(images) + 1)),
-        "boxes": boxes[order],                                       # the others by image
+        "boxes": boxes[order],                                       # sorted by image, like offsets
         "area": np.array(area, np.float64)[order],
         "categories": np.array(category, np.int64)[order],
         "crowd": np.array(crowd, bool)[order]}
@@ -360,7 +367,7 @@ class ShapesDataset(DetectionDataset):
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        rng, objects, ground = self._scene(self.files[i])
+        rng, objects, ground = self._scene(self.files[i])            # not i: see keep_only
         image = draw_ground(rng, ground, self.side)
         for label, box, color in objects:
             draw_shape(image, rng, label, box, fill=color)
@@ -384,16 +391,17 @@ class Target(dict):
 
 
 def collate(samples):
-    """A batch: images padded right and below with zeros to one size, where they are, and targets.
+    """A batch: images padded right and below with zeros to one size, valid, and targets.
 
     samples: list of (uint8 (3, H, W), target). Returns images uint8 (B, 3, IH, IW) in memory as
     (B, IH, IW, 3), valid bool (B, IH, IW), True = image, and the list of targets.
     """
     B = len(samples)
-    IH, IW = (max(image.shape[d] for image, _ in samples) for d in (1, 2))
+    IH = max(image.shape[1] for image, _ in samples)
+    IW = max(image.shape[2] for image, _ in samples)
     # channels last, as decoders give pixels and convolutions want them: rows are copied whole
     images = torch.zeros(B, IH, IW, 3, dtype=samples[0][0].dtype).permute(0, 3, 1, 2)
-    valid = torch.zeros(B, IH, IW, dtype=torch.bool)                 # True = image
+    valid = torch.zeros(B, IH, IW, dtype=torch.bool)
     for k, (image, _) in enumerate(samples):
         _, h, w = image.shape
         images[k, :, :h, :w] = image
@@ -472,32 +480,33 @@ class TrainSampler:
     def __iter__(self):
         # all images of the epoch, in the order of the steps
         rng = np.random.default_rng((self.seed, self.epoch))
-        images = self.steps // self.repeats * self.batch_size        # of a pass
-        passes = [np.resize(rng.permutation(len(self.dataset)), images)
+        per_pass = self.steps // self.repeats * self.batch_size
+        passes = [np.resize(rng.permutation(len(self.dataset)), per_pass)      # cut, or repeated
                   for _ in range(self.repeats)]
         order = np.concatenate(passes)
         if self.group_by_shape:
             order = self._grouped(order, rng)
 
-        # of each step the parts of this rank
+        # this rank's parts of each step: (steps, world, accumulate, images)
         steps = order.reshape(self.steps, self.world, self.accumulate, -1)
         for step in steps[self.first_step:]:
             for part in step[self.rank]:
                 yield [(self.epoch, i) for i in part.tolist()]
 
     def _grouped(self, order, rng):
-        """Sorts windows of 32 steps into steps of like shape, and shuffles the steps of each."""
+        """The order, each window of 32 steps sorted into batches of like shape, and shuffled."""
         shapes = np.array([self.dataset.size_of(self.epoch, i) for i in order.tolist()])
-        window, steps = 32 * self.batch_size, []
+        window, batches = 32 * self.batch_size, []
         for start in range(0, len(order), window):
             rows = start + sort_by_shape(shapes[start:start + window], self.batch_size)
-            batches = rows.reshape(-1, self.batch_size)
-            steps += list(batches[rng.permutation(len(batches))])
+            in_window = rows.reshape(-1, self.batch_size)
+            batches += list(in_window[rng.permutation(len(in_window))])
 
-        # the largest step first
-        largest = np.argmax(shapes[np.array(steps)].max(1).prod(1))
-        steps[0], steps[largest] = steps[largest], steps[0]
-        return order[np.concatenate(steps)]
+        # the largest batch first
+        height_width = shapes[np.array(batches)].max(1)              # (steps, 2) with padding
+        largest = np.argmax(height_width.prod(1))
+        batches[0], batches[largest] = batches[largest], batches[0]
+        return order[np.concatenate(batches)]
 
 
 class EvalSampler(list):

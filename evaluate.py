@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
-from coco_eval import UserError, ap_table, coco_eval, evaluate_columns, result_json, summary
+from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
+                       summary)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
@@ -255,6 +256,8 @@ def main(argv=None):
     if classifier and args.save_json:
         raise UserError("--save_json is for detections, the checkpoint holds a classifier")
     dataset = evaluation_set(args, model, info)
+    for flag, path in (("--json", args.json), ("--save_json", args.save_json)):
+        check_output(flag, path, args.checkpoint, getattr(dataset, "source", ""))
     c = model.cfg
     what = f"classifier, mixers {c.mixers}" if classifier else (
         f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")

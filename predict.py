@@ -76,7 +76,10 @@ def main(argv=None):
     size = (args.image_size or info["train"].get("image_size", 800),
             args.max_size or info["train"].get("max_size", 1333))
     os.makedirs(args.out, exist_ok=True)
-    results, written, failed = [], set(), 0
+    # photos in the output folder keep their names
+    out = os.path.realpath(args.out)
+    written = {os.path.basename(f) for f in files if os.path.dirname(os.path.realpath(f)) == out}
+    results, failed = [], 0
     for path in files:
         try:
             image = read_image(path)
@@ -90,8 +93,8 @@ def main(argv=None):
         boxes, scores = found["boxes"][keep], found["scores"][keep]
         names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]
         stem, n = os.path.splitext(os.path.basename(path))[0], 2
-        name = f"{stem}_detections.jpg"              # never the name of a photo given
-        while name in written:                       # the same name in another folder
+        name = f"{stem}_detections.jpg"
+        while name in written:                       # a photo's, or of one in another folder
             name, n = f"{stem}_detections_{n}.jpg", n + 1
         written.add(name)
         draw_boxes(image, boxes, names, scores).save(os.path.join(args.out, name), quality=92)

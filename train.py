@@ -18,7 +18,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,12 @@ from coco_eval import UserError
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
-from checkpoint import (check_output_dir, find_resume, first_weights, load_optimizer, save_run,
-                        truncate_logs)
+from checkpoint import (check_output_dir, find_resume, first_weights, load_optimizer,
+                        lock_output_dir, save_run, truncate_logs)
 from model import build_model
 from losses import loss_normalizers, set_loss
-from config import OVERFIT_REPEATS, TrainConfig, make_configs, parse_options
+from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
+                    parse_options)
 from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
@@ -57,6 +58,9 @@ def start_processes(device):
                             f"{torch.cuda.device_count()} visible: start fewer, or --device cpu")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+    if world > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world}, but RANK is not set: start all processes with "
+                        f"torchrun, or unset WORLD_SIZE")
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):         # all on this machine
@@ -131,7 +135,7 @@ def set_learning_rate(optimizer, factor):
 
 def seed_step(cfg, global_step, rank, world):
     """Dropout and stochastic depth of a step depend on nothing before it."""
-    torch.manual_seed((cfg.seed * 1_000_003 + global_step) * world + rank)
+    torch.manual_seed(((cfg.seed * 1_000_003 + global_step) * world + rank) % 2**63)
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -166,6 +170,7 @@ class Run:
     device: str
     dtype: torch.dtype                             # of autocast
     interrupt: dict                                # of catch_signals
+    lock: object                                   # open file: no other run may write output_dir
     epoch: int = 0                                 # finished ones
     step: int = 0                                  # finished ones of this epoch
     epoch_sums: dict = field(default_factory=dict)     # losses, added up over steps and processes
@@ -315,8 +320,12 @@ def build_datasets(cfg, model_cfg):
     crop_fraction = getattr(model_cfg, "crop_fraction", 1.0)        # of a classifier
     train_set = build_dataset(cfg, "train", None, crop_fraction)
     val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction)
-    if cfg.kind == "coco" and not len(train_set.boxes):
-        raise UserError(f"{train_set.source} has no annotations, there is nothing to learn")
+    if cfg.kind == "coco" and train_set.crowd.all():
+        raise UserError(f"{train_set.source} has no annotations but crowds, there is nothing to "
+                        f"learn")
+    if len(train_set.classes) > 10_000:            # the evaluator's curves take 2 MB for each 10
+        raise UserError(f"{train_set.source} has {len(train_set.classes)} classes, at most 10,000 "
+                        f"can be trained and evaluated: merge or drop some")
     if cfg.kind == "coco" and val_set.missing:
         raise UserError(f"{val_set.source} lacks categories that {train_set.source} has: "
                         f"{val_set.missing[:20]}; both must list the same ones")
@@ -355,6 +364,9 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     interrupt = catch_signals()
     train_set, val_set = build_datasets(cfg, model_cfg)
     model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
+    check_ranks_agree({**asdict(model_cfg), **asdict(loss_cfg), **asdict(cfg),
+                       "classes": train_set.classes, "images": (len(train_set), len(val_set))})
+    lock = lock_output_dir(cfg.output_dir) if rank == 0 else None
     state = find_resume(cfg, model_cfg, loss_cfg)
 
     # the model, with weights from the checkpoint, --finetune or --backbone_weights
@@ -377,7 +389,7 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
               task=CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION,
               raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
               val_loader=val_loader, rank=rank, world=world, device=device,
-              dtype=choose_dtype(cfg, device), interrupt=interrupt)
+              dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock)
     if rank == 0:
         check_output_dir(cfg.output_dir, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
