@@ -25,7 +25,7 @@ except ImportError:                                # Windows
 import numpy as np
 import torch
 
-from coco_eval import UserError, UserFileError, read_json
+from coco_eval import UserError, UserFileError, read_json, run_command
 
 
 # -- the checks of a COCO file -------------------------------------------------------------------
@@ -433,10 +433,7 @@ def main(argv=None):
 def command():
     """`python check_data.py`, and `python data.py`: main, an error as one line."""
     sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,21 @@ class UserFileError(UserError, FileNotFoundError):
     """The same about a file that is not there, or cannot be read or written."""
 
 
+class UserIndexError(UserError, IndexError):
+    """The same where pycocotools raises an IndexError."""
+
+
+def run_command(main):
+    """A command's main(): a UserError becomes one line, a closed pipe (`| head`) a silent end."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        os._exit(141)                       # 128 + SIGPIPE
+
+
 # -- average precision ---------------------------------------------------------------------------
 
 IOU_THRS = np.linspace(0.5, 0.95, 10)
@@ -773,8 +788,8 @@ def coco_eval(gt, dt, iou_type="bbox", *, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     check_parameters(iou_type, iou_thrs, rec_thrs, max_dets, area_ranges)
     gt, dt, gt_record, dt_record = read_sides(gt, dt)
     if strict and (not dt or len(max_dets) < 3):
-        raise IndexError("pycocotools, and so strict, needs a detection and three max_dets: there "
-                         f"are {len(dt)} and {len(max_dets)}")
+        raise UserIndexError(f"pycocotools, and so strict, needs a detection and three max_dets: "
+                             f"there are {len(dt)} and {len(max_dets)}")
 
     # columns of all objects; those that are not chosen or not listed have a negative index
     images = index_ids(gt, "images", image_ids)
@@ -860,15 +875,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_output("--json", args.json, args.gt, args.dt)
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
-    print(summary(result), ap_table(result), sep="\n\n")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result_json(result), file)
+    print(summary(result), ap_table(result), sep="\n\n")
+    if args.json:
         print(f"numbers and curves: {args.json}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, IndexError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
 from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
-                       summary)
+                       run_command, summary)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
@@ -268,19 +268,17 @@ def main(argv=None):
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
     result = evaluate(model.to(check_device(args.device)), loader, args.device)
-    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
     if args.save_json:
         with open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset), file)
-        print(f"detections: {args.save_json}")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(accuracy_json(result) if classifier else result_json(result), file)
-        print(f"numbers and curves: {args.json}")
+    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
+    for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
+        if path:
+            print(f"{what}: {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

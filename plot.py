@@ -10,13 +10,12 @@ Needs matplotlib (requirements-dev.txt).
 import argparse
 import json
 import os
-import sys
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, UserFileError, run_command
 
 
 DETECTORS, CLASSIFIERS = ("AP", "AP50"), ("top-1", "top-5")
@@ -108,7 +107,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

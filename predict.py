@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, UserFileError, run_command
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
 from metaformer import MetaFormer
 from data import plan_validation
@@ -114,7 +114,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")                # names of files can be any
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -169,6 +169,14 @@ def append_json(path, record):
                             f"command again") from None
 
 
+def check_workers(batches, error):
+    """Raises UserError if a worker of a loader's iterator was killed; torch reports it anywhere."""
+    killed = [w.exitcode for w in getattr(batches, "_workers", ()) if w.exitcode]
+    if killed:
+        raise UserError(f"a DataLoader worker was killed (exit code {killed[0]}), usually for lack "
+                        f"of memory or of /dev/shm: try a smaller --num_workers") from error
+
+
 class Interval:
     """The steps since the last printed line: the sums of their losses, and their time."""
 
@@ -188,13 +196,9 @@ class Interval:
         start = time.time()
         try:
             yield
-        except (RuntimeError, OSError, EOFError) as error:
-            killed = [w.exitcode for w in getattr(batches, "_workers", ()) if w.exitcode]
-            if not killed:
-                raise
-            raise UserError(f"a DataLoader worker was killed (exit code {killed[0]}), usually for "
-                            f"lack of memory or of /dev/shm: try a smaller "
-                            f"--num_workers") from error
+        except Exception as error:
+            check_workers(batches, error)
+            raise
         self.waited += time.time() - start
 
     def add(self, losses):
@@ -349,6 +353,7 @@ def explain(error, run, global_step, micro_batches):
     after a line that says which step."""
     cfg = run.cfg
     where, _ = name_step(run, global_step, micro_batches)
+    check_workers(run.train_loader._iterator, error)
     if isinstance(error, NotFiniteError):
         explain_not_finite(run, global_step, str(error))
     if isinstance(error, UserError):
