@@ -2033,7 +2033,7 @@ def outcome(anns, dets, *names, **params):
     try:
         stats = coco_eval(instances(*anns), dets, **params)["stats"]
     except (ValueError, IndexError) as error:
-        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        return "IndexError" if isinstance(error, IndexError) else "ValueError"
     return [round(float(stats[NAMES.index(name)]), 4) for name in names]
 
 
