@@ -169,7 +169,7 @@ def load_weights(model, source, strict=True):
     file = read_checkpoint(source) if from_file else source
     state = file.get("model", file) if isinstance(file, dict) else file
     if not isinstance(state, dict) or not state or not all(
-            isinstance(v, torch.Tensor) for v in state.values()):
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
 
     # which part of the model the file is for, and in which names
@@ -294,10 +294,14 @@ def load_optimizer(optimizer, state):
     now = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except ValueError:
+        sound = all(p.shape == optimizer.state[p][name].shape for group in optimizer.param_groups
+                    for p in group["params"] for name in ("exp_avg", "exp_avg_sq"))
+    except Exception:                              # torch raises anything for a damaged one
+        sound = False
+    if not sound:
         raise UserError("--resume: the optimizer's state is of other trained tensors; "
                         "--lr_backbone cannot change between 0 and more, --finetune starts "
-                        "anew") from None
+                        "anew")
     for group, options in zip(optimizer.param_groups, now):
         group.update(options)
 
@@ -421,8 +425,18 @@ def read_run(path, state=None):
     state = upgraded(state)
     wanted = dict(format=int, model_config=dict, loss_config=dict, train_config=dict, classes=list,
                   epoch=int, step=int, sums=dict, best_score=(int, float), model=dict,
-                  optimizer=dict)
+                  optimizer=dict, paths=dict)
+    state.setdefault("paths", {})                                   # format 1 has none
     wrong = [name for name, type_ in wanted.items() if not isinstance(state.get(name), type_)]
+    if not wrong:
+        classes, ids = state["classes"], state.get("category_ids") or state["classes"]
+        sound = dict(
+            epoch=state["epoch"] >= 0, step=state["step"] >= 0,
+            classes=len(classes) == state["model_config"].get("num_classes")
+            and all(isinstance(name, str) for name in classes),
+            category_ids=isinstance(ids, list) and len(ids) == len(classes),
+            sums=all(isinstance(value, (int, float)) for value in state["sums"].values()))
+        wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong or state["format"] > 2:
         raise UserError(f"{path} is a checkpoint of another version: format "
                         f"{state.get('format')!r} (1 and 2 are known)"
@@ -430,19 +444,23 @@ def read_run(path, state=None):
     return state
 
 
-def check_known(path, config, kind):
-    """Raises UserError if the config of a checkpoint, a dict, has options that its class `kind`
-    does not know: what they change would be lost."""
-    unknown = sorted(map(str, set(config) - {f.name for f in fields(kind)}))
+def config_of(path, options, kind):
+    """The config, of class `kind`, of a checkpoint's dict of options. Raises UserError for values
+    that it refuses and for options that it does not know: what they change would be lost."""
+    unknown = sorted(map(str, set(options) - {f.name for f in fields(kind)}))
     if unknown:
         raise UserError(f"{path} has options that this code does not know: {', '.join(unknown)}; "
                         f"use the version that wrote it")
+    try:
+        return kind(**options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def located_data(state):
     """The options a checkpoint was trained with; relative paths that are not there from here are
     replaced by the absolute ones of the training."""
-    options, absolute = dict(state["train_config"]), state.get("paths", {})
+    options, absolute = dict(state["train_config"]), state["paths"]
     for name in DATA_PATHS:
         if options.get(name) and not os.path.exists(options[name]):
             options[name] = absolute.get(name, options[name])
@@ -487,11 +505,11 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
     now = config_dicts(model_cfg, loss_cfg, cfg)
     for name, kind in zip(CONFIGS, (model_cfg, loss_cfg, cfg)):
-        check_known(path if own else cfg.resume, state[name], kind)
+        config_of(path if own else cfg.resume, state[name], type(kind))
     changed = {k: f"--{k} {state[name][k]!r} -> {v!r}" for name in CONFIGS
                for k, v in now[name].items()
                if k not in MAY_CHANGE_ON_RESUME and state[name].get(k, v) != v
-               and state.get("paths", {}).get(k) != os.path.abspath(str(v))}
+               and state["paths"].get(k) != os.path.abspath(str(v))}
     if changed and own and os.path.realpath(path) != asked:
         raise UserError(f"{path} was trained with other options ({', '.join(changed.values())}): "
                         f"give another --output_dir for a new run, or --resume {path} to continue "

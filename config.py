@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
 import torch
@@ -13,8 +14,8 @@ from options import check_options, read_options
 from mixers import MIXERS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
-from checkpoint import read_run
-from model import BACKBONES, MODELS, ModelConfig
+from checkpoint import config_of, read_run
+from model import BACKBONES, MODELS, ModelConfig, build_model
 from losses import LossConfig
 
 
@@ -73,8 +74,6 @@ class TrainConfig:
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed} must be below 2**63")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -151,6 +150,7 @@ def make_configs(given):
     model_cfg = replace(model_cfg, **pick(model_type))
     loss_cfg = loss_type(**pick(loss_type))
     check_effects(given, model_cfg, loss_cfg, cfg)
+    check_size(model_cfg)
     if not classifier:
         check_grid(model_cfg, cfg)
     return model_cfg, loss_cfg, cfg
@@ -163,6 +163,7 @@ def with_resumed(given):
     if given.get("finetune"):
         raise UserError("--finetune starts a run, --resume continues one: give one of them")
     state = read_run(given["resume"])
+    config_of(given["resume"], state["train_config"], TrainConfig)
     return {**state["model_config"], **state["loss_config"], **state["train_config"],
             "output_dir": os.path.dirname(given["resume"]) or ".", "finetune": "", **given}
 
@@ -217,6 +218,29 @@ def check_ranks_agree(options):
                   if name not in ("num_workers", "device") and theirs.get(name) != value]
         if differ:
             raise UserError(f"the processes were not started alike: {'; '.join(differ)}"[:2000])
+
+
+def check_size(model_cfg):
+    """Raises UserError for a model that no memory would hold, before any is taken for it."""
+    options = asdict(model_cfg)
+    sizes = {f"--{name} {value}": value for name, value in options.items() if type(value) is int}
+    if isinstance(model_cfg, MetaFormerConfig):
+        sizes[f"--depths {model_cfg.depths}"] = layers = sum(d for d, *_ in model_cfg.stages)
+        sizes[f"--widths {model_cfg.widths}"] = max(width for _, width, _ in model_cfg.stages)
+    else:
+        layers = model_cfg.enc_layers + model_cfg.dec_layers
+    if max(sizes.values()) <= 4096 and layers <= 100:
+        return                                     # the count below takes seconds to import
+
+    parameters = math.inf
+    if layers <= 1000:
+        # meta tensors have a shape alone, though one too large for an int64 raises RuntimeError
+        with suppress(RuntimeError), torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(model_cfg).parameters())
+    if parameters > 1e9:
+        largest = sorted(sizes, key=sizes.get)[:-3:-1]
+        raise UserError(f"a model of {layers} layers and {parameters:.3g} parameters, at most 1000 "
+                        f"and 1e9 can be built: give less of {' or '.join(largest)}")
 
 
 def check_grid(model_cfg, cfg):

@@ -13,6 +13,7 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_co
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (COCO_CLASSES, check_known, check_located, load_weights, located_data,
+from checkpoint import (COCO_CLASSES, check_located, config_of, load_weights, located_data,
                         official_fields, read_checkpoint, read_run)
 from model import ModelConfig, build_model
-from config import TrainConfig, check_grid
+from config import TrainConfig, check_grid, check_size
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -162,8 +163,10 @@ def load_model(path, name="", dilation=False):
             raise UserError(f"--model {name} is for official files, {path} says what it holds")
         state = read_run(path, state)
         kind = MetaFormerConfig if "depths" in state["model_config"] else ModelConfig
-        check_known(path, state["model_config"], kind)
-        model = build_model(kind(**state["model_config"]))
+        model_cfg = config_of(path, state["model_config"], kind)
+        state["train_config"] = asdict(config_of(path, state["train_config"], TrainConfig))
+        check_size(model_cfg)
+        model = build_model(model_cfg)
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
                 "train": located_data(state)}
     elif name:                                                       # an official classifier

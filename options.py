@@ -8,7 +8,6 @@ An annotation holds the type, the help, and where there is a limit the least num
 """
 
 import argparse
-import math
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -29,12 +28,14 @@ def check_options(config):
         wanted = (int, float) if type_ is float else type_
         if not isinstance(value, wanted) or type_ is not bool and isinstance(value, bool):
             raise UserError(f"--{name} {value!r} must be of type {type_.__name__}")
+        if type_ is not str and not -2**63 < value < 2**63:          # refuses NaN, too
+            raise UserError(f"--{name} {value} must be a number below 2**63")
         if limit is None:
             continue
         if type_ is str and value not in limit:
             known = ", ".join(known for known in limit if known)
             raise UserError(f"--{name} {value} is unknown, use one of: {known}")
-        if type_ is not str and not limit <= value < math.inf:
+        if type_ is not str and not value >= limit:
             raise UserError(f"--{name} {value} must be a number of at least {limit}")
 
 

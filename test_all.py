@@ -84,7 +84,7 @@ import bench
 import stress
 from mixers import MIXERS, AttentionMixer, MixerConfig
 from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
-from coco_eval import ap_table, coco_eval, mask_box, mask_edges
+from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
 from check_data import check_coco, open_images
 from resnet import FrozenBatchNorm2d, ResNet, conv_norm
 from metaformer import METAFORMERS, MetaFormerConfig, token_norm
@@ -2857,8 +2857,9 @@ def test_an_option_from_a_later_version_is_refused_and_one_that_is_not_there_yet
         state = checkpoint(whole / "ckpt.pt")
         state[part]["ema_decay"] = 0.9
         torch.save(state, "newer.pt")
-        message = run(*TINY, "--resume", "newer.pt", "--output_dir", "b")
-        assert "newer.pt has options that this code does not know: ema_decay" in message
+        message = str(run(*TINY, "--resume", "newer.pt", "--output_dir", "b"))
+        assert ("newer.pt has options that this code does not know: ema_decay"
+                in message + capsys.readouterr().err)
     state = checkpoint(whole / "ckpt.pt")
     torch.save({**state, "format": 3}, "newer.pt")
     assert run("--resume", "newer.pt", "--output_dir", "b") == 2
@@ -2866,6 +2867,37 @@ def test_an_option_from_a_later_version_is_refused_and_one_that_is_not_there_yet
     del state["train_config"]["save_minutes"], state["model_config"]["backbone_stage"]
     torch.save(state, "older.pt")
     assert run(*TINY, "--resume", "older.pt", "--epochs", 3, "--output_dir", "b") == 0
+
+
+@pytest.mark.parametrize("part, name, value, words", [
+    ("model_config", "hidden_dim", 10**9, "--hidden_dim 1000000000"),
+    ("model_config", "num_queries", 10**9, "--num_queries 1000000000"),
+    ("model_config", "enc_layers", 10**9, "of 1000000002 layers"),
+    ("model_config", "dim_feedforward", 10**18, "--dim_feedforward 1000000000000000000"),
+    ("model_config", "position_temperature", 2**70, "--position_temperature"),
+    ("model_config", "mixer", ["pool"], "--mixer ['pool'] must be of type str"),
+    ("train_config", "data", {"a": 1}, "--data {'a': 1} must be of type str"),
+    ("train_config", "image_size", 10**9, "--max_size"),
+    ("classes", slice(0, 1), [1], "without a sound classes"),
+    ("classes", slice(0, 1), [], "without a sound classes"),
+    ("category_ids", slice(0, 1), [], "without a sound category_ids"),
+    ("sums", "loss", "x", "without a sound sums"),
+    ("model", "class_embed.bias", "x", "holds no weights"),
+    ("model", 3, torch.zeros(2), "holds no weights"),
+    ("model", "new", torch.zeros(2), "new (2,): not in the model, left out"),
+    ("optimizer", "state", {0: {}}, "--resume: the optimizer's state"),
+    ("optimizer", "param_groups", 3, "--resume: the optimizer's state")])
+def test_a_checkpoint_with_an_absurd_part_is_refused_in_one_sentence(
+        part, name, value, words, whole, capsys):
+    state = checkpoint(whole / "ckpt.pt")
+    state[part][name] = value
+    torch.save(state, "c.pt")
+    Image.new("RGB", (8, 8)).save("p.png")
+    if part != "optimizer":
+        for main, options in ((evaluate.main, ["c.pt"]), (predict.main, ["c.pt", "p.png"])):
+            with pytest.raises(UserError, match=re.escape(words)):
+                main(options)
+    assert words in str(run("--resume", "c.pt", "--output_dir", "b")) + capsys.readouterr().err
 
 
 def start_two(*options_of_rank):
