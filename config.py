@@ -24,11 +24,12 @@ class TrainConfig:
     """What is trained on, and how. The defaults are the official DETR's; PRESETS change them."""
     model: Annotated[str, "the network, whose parts the options below can change", MODELS] = (
         "detr_r50")
-    data: Annotated[str, "COCO: annotations/, train2017/, val2017/; classifiers: train/, val/"] = ""
+    data: Annotated[str, "folder in COCO, YOLO or VOC format; classifiers: train/, val/"] = ""
     train_json: Annotated[str, "training annotations, a COCO instances file with any ids"] = ""
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
     val_images: Annotated[str, "folder of the validation images"] = ""
+    val_split: Annotated[float, "of a data set with one split, the share to validate on", 0] = 0.0
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
     overfit: Annotated[int, "train and evaluate on the first N images: try this first", 0] = 0
@@ -68,9 +69,12 @@ class TrainConfig:
     def __post_init__(self):
         check_options(self)
         paths = self.train_json, self.train_images, self.val_json, self.val_images
-        if any(paths) and not all(paths) or self.data and any(paths):
+        divided = self.val_split and all(paths[:2]) and not any(paths[2:])
+        if any(paths) and not (all(paths) or divided) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
-                            "--val_json and --val_images")
+                            "--val_json and --val_images, or the first two and --val_split")
+        if self.val_split > 1:
+            raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
@@ -112,7 +116,7 @@ PRESETS = {
                     smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 # options of TrainConfig that mean nothing to a classifier
-DETECTOR_ONLY_OPTIONS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
+DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 
@@ -195,7 +199,8 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
-    needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
+    needs = {"val_split": ("--data or --train_json", cfg.kind == "coco"),
+             "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
