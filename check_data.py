@@ -427,7 +427,8 @@ def main(argv=None):
             faults += found
             continue
         datasets[split] = dataset
-        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}", flush=True)
+        kind = f" ({dataset.format})" if hasattr(dataset, "format") else ""
+        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}{kind}", flush=True)
         sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:
             sizes, found = open_images(dataset, args.num_workers)

@@ -116,7 +116,8 @@ PRESETS = {
                     smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 # options of TrainConfig that mean nothing to a classifier
-DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
+DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
+                         "backbone_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 

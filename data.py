@@ -248,8 +248,9 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 def read_coco(json_path, image_dir):
     """The arrays of DetectionDataset by name, from a COCO instances file or the Labels of another
-    format; instead of classes and labels, category_names (K,), and categories (M,), which are indices into it. Images and
-    categories by ascending id. Raises UserError that lists all faults of file and folder."""
+    format; instead of classes and labels, category_names (K,), and categories (M,), which are
+    indices into it. Images and categories by ascending id. Raises UserError that lists all faults
+    of file and folder."""
     data = read_instances(json_path)
     refuse(json_path, coco_faults(data, json_path, image_dir))
     images = sorted(data["images"], key=lambda r: r["id"])

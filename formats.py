@@ -88,6 +88,7 @@ def name_share(name):
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 NO_LABELS = "classes.txt", "notes.txt", "README.txt"
+CACHED_FROM = 5000                                 # images whose sizes are worth a cache
 
 
 def files_below(folder, suffixes, deep=True):
@@ -145,11 +146,11 @@ def image_sizes(paths, where):
         return {"sizes": sizes}
 
     stamp = hashlib.sha256()
-    if len(paths) >= 5000:
-        for path in paths:
-            stat = os.stat(path)
-            stamp.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
-    arrays = cached_arrays(where, read, stamp.hexdigest()) if len(paths) >= 5000 else read()
+    cached = len(paths) >= CACHED_FROM
+    for path in paths if cached else []:
+        stat = os.stat(path)
+        stamp.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
+    arrays = cached_arrays(where, read, stamp.hexdigest()) if cached else read()
     return dict(zip(paths, map(tuple, arrays["sizes"].tolist())))
 
 
