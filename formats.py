@@ -644,8 +644,9 @@ def find_splits(root):
     """{"train": Labels, "val": Labels}, or one of them, of a folder, or of a data.yaml; {} where it
     is in no format that is known."""
     root = str(root).rstrip("/") or "/"
-    readers = (yolo_splits,) if os.path.isfile(root) else (
-        roboflow_splits, coco_splits, yolo_splits, voc_splits)
+    if os.path.isfile(root):
+        return yolo_splits(root) if root.lower().endswith((".yaml", ".yml")) else {}
+    readers = roboflow_splits, coco_splits, yolo_splits, voc_splits
     return next(filter(None, (reader(root) for reader in readers)), {})
 
 
