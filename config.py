@@ -15,6 +15,7 @@ from mixers import MIXERS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
+from finetune import check_freeze
 from model import BACKBONES, MODELS, ModelConfig, build_model
 from losses import LossConfig
 
@@ -52,7 +53,9 @@ class TrainConfig:
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
-    finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
+    finetune: Annotated[str, "start from the weights of this checkpoint, as far as they fit"] = ""
+    freeze: Annotated[str, "parts to keep as they are: backbone,encoder,decoder,heads"] = ""
+    class_weights: Annotated[str, "of the loss: balanced, or a JSON file {class: weight}"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
     output_dir: Annotated[str, "folder of checkpoints, logs and pictures"] = "out"
     save_minutes: Annotated[float, "minutes between checkpoints; 0: after epochs only", 0] = 10.0
@@ -75,6 +78,7 @@ class TrainConfig:
                             "--val_json and --val_images, or the first two and --val_split")
         if self.val_split > 1:
             raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
+        check_freeze(self)
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
@@ -200,7 +204,8 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
-    needs = {"val_split": ("--data or --train_json", cfg.kind == "coco"),
+    needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
+             "val_split": ("--data or --train_json", cfg.kind == "coco"),
              "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),

@@ -29,6 +29,7 @@ train.py                    what goes wrong             -k "finite or memory or 
 stress.py                   killed at any moment        -k killed_again
 train.py                    learning rate               -k learning_rate
 formats.py                  other formats of data sets  -k "format or yaml or split or yolo"
+finetune.py                 other weights               -k "finetun or fit or frozen or weights_by"
 config.py                   options                     -k "option or flag"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
 classification.py           training and evaluation     -k "classifier or class_folders"
@@ -78,6 +79,7 @@ import coco_eval as coco_eval_py
 import check_data
 import data
 import checkpoint as checkpoint_py
+import finetune
 import formats
 import evaluate
 import train
@@ -3437,6 +3439,138 @@ def test_a_yolo_folder_trains_evaluates_and_is_drawn(tmp_path, capsys):
     assert sheet.shape == (640, 1280, 3)
     edge = sheet[int(2 + 40 * 316 / 64), int(2 + 6.4 * 316 / 64)]    # of the cat's box, on the left
     assert np.ptp(edge) > 60                       # the images are nearly black
+
+
+# -- finetune.py: starting from other weights ----------------------------------------------------
+
+def small_detr(seed, **options):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_dim=32, dim_feedforward=16, enc_layers=1, dec_layers=1)
+    return build_model("detr_r18", **{**sizes, **options})
+
+
+def saved_run(path, model, classes):
+    """Writes what load_finetune reads of a checkpoint."""
+    torch.save(dict(model_config=asdict(model.cfg), classes=classes, model=model.state_dict()),
+               path)
+
+
+@pytest.mark.parametrize("queries", [7, 2])
+def test_finetuning_keeps_the_first_queries_and_the_classes_of_the_same_name(queries):
+    source = tiny(1, num_classes=3, num_queries=4)
+    saved_run("a.pt", source, ["ant", "bee", "cow"])
+    model = tiny(2, num_classes=4, num_queries=queries)
+    theirs, before = source.state_dict(), copy.deepcopy(model.state_dict())
+    lines = finetune.load_finetune(model, "a.pt", ["cow", "dog", "ant", "eel"])
+    new, n = model.state_dict(), min(queries, 4)
+    assert_close(new["query_embed.weight"][:n], theirs["query_embed.weight"][:n])
+    assert_close(new["query_embed.weight"][n:], before["query_embed.weight"][n:])
+    for key in ("class_embed.weight", "class_embed.bias"):           # the last row: no object
+        expected = [theirs[key][2], before[key][1], theirs[key][0], before[key][3], theirs[key][3]]
+        assert_close(new[key], torch.stack(expected))
+    assert differing(new, theirs) == {"query_embed.weight", "class_embed.weight",
+                                      "class_embed.bias"}
+    assert len(lines) == 3 and "2 of 4 classes are in the file (cow, ant), 2 newly" in lines[2]
+    assert f"the first {n} of the file's 4 queries" in lines[1]
+    assert ("3 newly" in lines[1]) == (queries == 7)
+
+
+def test_an_official_file_gives_the_rows_of_cocos_classes():
+    source = small_detr(1, num_classes=91)
+    torch.save({"model": source.state_dict()}, "official.pth")
+    model = small_detr(2, num_classes=2, position_embedding="learned")
+    before = copy.deepcopy(model.state_dict())
+    lines = finetune.load_finetune(model, "official.pth", ["wheel", "person"])
+    new, theirs = model.state_dict()["class_embed.weight"], source.class_embed.weight
+    assert_close(new, torch.stack([before["class_embed.weight"][0], theirs[1], theirs[91]]))
+    assert "1 of 2 classes are in the file (person)" in lines[1]
+    assert_close(model.backbone[1].row_embed.weight, before["backbone.1.row_embed.weight"])
+    assert lines[2].strip() == "positions: learned ones newly initialised, the file has sine ones"
+
+    # and back
+    saved_run("learned.pt", model, ["wheel", "person"])
+    lines = finetune.load_finetune(small_detr(3, num_classes=2), "learned.pt", ["wheel", "person"])
+    assert [line.strip() for line in lines[1:]] == [
+        "positions: sine ones, the file's learned ones are left out"]
+
+
+@pytest.mark.parametrize("model, words", [
+    (lambda: small_detr(2, enc_layers=2, pre_norm=True),
+     "holds a detector of --enc_layers 1 --no-pre_norm, this model has --enc_layers 2 --pre_norm: "
+     "give --enc_layers 1 --no-pre_norm to start from it"),
+    (lambda: small_detr(2, nheads=4), "give --nheads 8"),
+    (lambda: small_detr(2, hidden_dim=16), "of --hidden_dim 32, this model has --hidden_dim 16"),
+    (lambda: tiny(2, hidden_dim=32), "give --backbone resnet18 --nheads 8 "),
+    (lambda: build_model("metaformer_tiny"), "holds a detector, --model is a classifier: give a")])
+def test_a_checkpoint_that_cannot_fit_names_the_flags_that_would(model, words):
+    source, model = small_detr(1), model()
+    torch.save({"model": source.state_dict()}, "official.pth")
+    saved_run("ours.pt", source, ["x"] * 91)
+    before = copy.deepcopy(model.state_dict())
+    for name in ("official.pth", "ours.pt"):
+        message = refused(re.escape(words), finetune.load_finetune, model, name, ["a"])
+        assert "\n" not in message and message.startswith(f"--finetune {name} holds")
+    assert not differing(before, model.state_dict())
+
+
+def test_a_classifier_that_cannot_fit_names_the_flags_too(tmp_path):
+    saved_run("c.pt", build_model("metaformer_tiny", num_classes=2), ["a", "b"])
+    model = build_model("metaformer_tiny", num_classes=2, depths="1,1,1,2")
+    message = refused("give --depths", finetune.load_finetune, model, "c.pt", ["a", "b"])
+    assert "this model has --depths 1,1,1,2" in message
+    state = small_detr(1).state_dict()
+    del state["input_proj.weight"]                 # damaged: the first tensor is named
+    torch.save(state, "cut.pth")
+    message = refused("such as input_proj.weight", finetune.load_finetune, small_detr(2),
+                      "cut.pth", ["a"])
+    assert "\n" not in message
+
+
+def test_frozen_parts_stay_as_they_are_to_the_bit(whole):
+    options = [*TINY, "--finetune", f"{whole}/ckpt.pt", "--epochs", "1"]
+    rate = options.index("--lr_backbone")
+    del options[rate:rate + 2]
+    assert run(*options, "--freeze", "backbone,decoder", "--output_dir", "a") == 0
+    before, after = checkpoint(f"{whole}/ckpt.pt")["model"], checkpoint("a/ckpt.pt")["model"]
+    kept = {k for k in before if k.startswith(("backbone.", "transformer.decoder.",
+                                               "query_embed."))}
+    assert differing(before, after) == before.keys() - kept
+    assert any(k.endswith("running_var") for k in kept)
+    assert run(*options, "--freeze", "backbone", "--lr_backbone", "0.1") == 2
+    assert run(*options, "--freeze", "backbones") == 2
+
+    model = build_model("metaformer_tiny")
+    finetune.freeze(model, SimpleNamespace(freeze="backbone"))
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == {"head.weight",
+                                                                           "head.bias"}
+
+
+def test_class_weights_by_hand():
+    dataset = SimpleNamespace(classes=["a", "b", "c"], labels=np.array([0, 0, 1, 0, 1]),
+                              crowd=np.array([0, 0, 0, 0, 1], bool))
+    expected = torch.tensor([4 / 2 / 3, 4 / 2 / 1, 1])
+    assert_close(finetune.class_weights("balanced", dataset), expected)
+    write_json(weights={"b": 3})
+    assert finetune.class_weights("weights.json", dataset).tolist() == [1, 3, 1]
+    for given, words in (({"d": 1}, "'d' is no class, use some of: a, b, c"),
+                         ({"a": 0}, "weight 0 of 'a' should be a number over 0"), ([1], "hold")):
+        write_json(weights=given)
+        refused(words, finetune.class_weights, "weights.json", dataset)
+
+    # the loss: a plain loop over the queries
+    logits, boxes = torch.randn(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
+    targets = [{"labels": torch.tensor([1, 0]), "boxes": torch.rand(2, 4)}]
+    losses = set_loss(logits, boxes, targets, class_weights=expected)
+    wanted = [3] * 4
+    for q, t in zip(*match(logits[0], boxes[0], targets)[0]):
+        wanted[q] = targets[0]["labels"][t].item()
+    total = sum([*expected.tolist(), 0.1][k] * -logits[0, 0, q].log_softmax(0)[k]
+                for q, k in enumerate(wanted))
+    assert_close(losses["loss_ce"], total / (2 + 0.1 * 2))
+    loss = classification_loss(logits[0, 0, :, :3], torch.tensor([0, 1, 1, 2]), 0.0, None, expected)
+    total = sum(expected[k] * -logits[0, 0, i, :3].log_softmax(0)[k]
+                for i, k in enumerate([0, 1, 1, 2]))
+    assert_close(loss["loss"], total / 4)
 
 
 # -- config.py: options --------------------------------------------------------------------------
