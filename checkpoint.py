@@ -76,7 +76,9 @@ def official_fields(path, state, dilation):
     """The fields of the ModelConfig of an official DETR's file, from its tensors' names and shapes;
     DC5 from the file's name or `dilation`."""
     weights = state.get("model", state) if isinstance(state, dict) else {}
-    if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
+    dims = {"class_embed.bias": 1, "query_embed.weight": 2,
+            "transformer.decoder.layers.0.linear1.weight": 2}
+    if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
                         f"released DETR file (evaluate.py also takes a classifier's, with --model "
                         f"NAME)")
@@ -147,7 +149,7 @@ def check_same_blocks(name, config, cfg, strict):
         mixers = ",".join(mixer for *_, mixer in c.stages)
         return {**shown, "mixers": mixers, "pool_size": c.pool_size} if strict else shown
 
-    theirs, ours = hidden_options(MetaFormerConfig(**config)), hidden_options(cfg)
+    theirs, ours = hidden_options(config_of(name, config, MetaFormerConfig)), hidden_options(cfg)
     differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
               for f in ours if theirs[f] != ours[f]]
     if differ:
@@ -169,7 +171,8 @@ def load_weights(model, source, strict=True):
     file = read_checkpoint(source) if from_file else source
     state = file.get("model", file) if isinstance(file, dict) else file
     if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+            isinstance(k, str) and getattr(v, "layout", None) == torch.strided
+            for k, v in state.items()):
         raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
 
     # which part of the model the file is for, and in which names
@@ -429,7 +432,8 @@ def read_run(path, state=None):
     state.setdefault("paths", {})                                   # format 1 has none
     wrong = [name for name, type_ in wanted.items() if not isinstance(state.get(name), type_)]
     if not wrong:
-        classes, ids = state["classes"], state.get("category_ids") or state["classes"]
+        classes = state["classes"]
+        ids = state["category_ids"] = state.get("category_ids") or list(range(len(classes)))
         sound = dict(
             epoch=state["epoch"] >= 0, step=state["step"] >= 0,
             classes=len(classes) == state["model_config"].get("num_classes")
