@@ -27,13 +27,19 @@ from evaluate import autocast, sum_over_processes
 
 
 def say(run, *words, **options):
-    """print, on rank 0. A closed output (`| head`) stops the run like SIGTERM."""
+    """print, on rank 0. An output that is closed (`| head`, a terminal) or whose disk is full stops
+    the run like SIGTERM."""
     if run.rank == 0:
         try:
             print(*words, **options, flush=True)
-        except BrokenPipeError:
-            run.interrupt.update(stop=1.0, code=141)                 # 128 + SIGPIPE
+        except OSError as error:
             sys.stdout = open(os.devnull, "w")
+            if not run.interrupt["stop"]:
+                run.interrupt.update(stop=1.0, code=141)             # 128 + SIGPIPE
+            if not isinstance(error, BrokenPipeError):
+                with suppress(OSError):
+                    print(f"the output cannot be written ({error}): stopping after this step",
+                          file=sys.stderr)
 
 
 # -- stopping -----------------------------------------------------------------------------------
@@ -57,8 +63,9 @@ def catch_signals():
             sys.exit(interrupt["code"])
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, signal.SIGINT)                # Windows lacks some
+        if signal.getsignal(number) != signal.SIG_IGN:               # as nohup has SIGHUP
+            signal.signal(number, handler)
     return interrupt
 
 

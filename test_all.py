@@ -2842,13 +2842,31 @@ def test_a_bug_keeps_its_traceback_wherever_it_is(place, processes):
         assert f"in epoch 1, step 1, rank {rank}, images [" in errors
 
 
-def test_a_closed_pipe_is_a_stop_with_a_checkpoint():
-    """As of `python train.py | head -3`."""
-    job = start(train.__file__, *TINY, "--num_workers", "1")
-    assert job.stdout.readline().startswith("data")
-    job.stdout.close()
-    assert job.stderr.read() == "" and job.wait() == 141
+@pytest.mark.skipif(os.name == "nt", reason="needs pseudo-terminals")
+@pytest.mark.parametrize("output, code, words", [
+    ("pipe", 141, ""), ("terminal", 129, "stopping"), ("/dev/full", 141, "No space left")])
+def test_an_output_that_ends_is_a_stop_with_a_checkpoint(output, code, words):
+    """As of `python train.py | head -1`, a closed window, a log file on a full disk."""
+    read, write = os.openpty() if output == "terminal" else os.pipe()
+    full = {"stdout": open(output, "w")} if output == "/dev/full" else {}
+    job = start(train.__file__, *TINY, "--num_workers", "1", **{"stdout": write} | full)
+    os.close(write)
+    if not full:
+        assert os.read(read, 4) == b"data"
+    os.close(read)                                                   # the next print fails
+    if output == "terminal":
+        job.send_signal(signal.SIGHUP)
+    errors = job.communicate()[1]
+    assert job.returncode == code and (words in errors if words else errors == ""), errors
     assert checkpoint("out/ckpt.pt")["step"] >= 1 and run(*TINY) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train.catch_signals()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_an_option_from_a_later_version_is_refused_and_one_that_is_not_there_yet_is_none(
