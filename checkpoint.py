@@ -9,6 +9,7 @@ predict and continue.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -320,20 +321,22 @@ def lock_output_dir(out):
     path = os.path.join(out, "lock.txt")
     try:
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
-                            f"another") from None
-    try:
+        file = open(path, "a+", errors="replace")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by workers
-    except OSError:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         raise UserFileError(f"another run writes to {out} ({file.read().strip()}): give another "
                             f"--output_dir, or end that one") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                                f"another") from None
+        print(f"note     {out} is on a file system without locks: a second run there would not be "
+              f"noticed")
     return file
 
 

@@ -36,6 +36,7 @@ bench.py                    and what makes it fast      -k "bench or lever"
 
 import argparse
 import copy
+import errno
 import hashlib
 import io
 import itertools
@@ -2903,7 +2904,7 @@ def test_processes_started_with_other_options_say_which(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fcntl")
-def test_a_second_run_in_the_folder_names_the_first():
+def test_a_second_run_in_the_folder_names_the_first(monkeypatch, capsys):
     first = start(train.__file__, *TINY, "--epochs", "500")
     while "step" not in first.stdout.readline():
         pass
@@ -2912,6 +2913,14 @@ def test_a_second_run_in_the_folder_names_the_first():
     first.communicate()
     assert f"another run writes to out (process {first.pid} on " in message
     assert "another run" not in str(run(*TINY, "--seed", 9))         # the lock died with it
+
+    def fail(*args):
+        raise error
+    monkeypatch.setattr("fcntl.lockf", fail)
+    error = OSError(errno.ENOLCK, "No locks available")              # NFS without its daemon
+    assert checkpoint_py.lock_output_dir("b") and "without locks" in capsys.readouterr().out
+    error = OSError(errno.ENOSPC, "No space left on device")
+    refused("--output_dir b cannot be written .*No space", checkpoint_py.lock_output_dir, "b")
 
 
 def test_logs_of_another_run_are_kept():
