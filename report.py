@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, writing
 from images import contact_sheet
 from resnet import RESNETS
 from data import collate, cxcywh_to_xyxy, to_device
@@ -168,12 +168,8 @@ def memory_gb(device):
 
 def append_json(path, record):
     """Adds a line to a log file. Raises UserFileError."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserFileError(f"{path} cannot be written ({error}): make room and give the same "
-                            f"command again") from None
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def check_workers(batches, error):
@@ -296,7 +292,9 @@ def draw_batch(run, images, valid, targets):
         boxes = boxes * torch.tensor([w, h, w, h])
         picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
         items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
-    contact_sheet(items).save(os.path.join(run.cfg.output_dir, "first_batch.jpg"))
+    path = os.path.join(run.cfg.output_dir, "first_batch.jpg")
+    with writing(path):
+        contact_sheet(items).save(path)
 
 
 def draw_detections(result, dataset, threshold=0.7):

@@ -2929,6 +2929,9 @@ def test_logs_of_another_run_are_kept():
     for name in ("ckpt.pt", "best.pt"):
         os.remove(f"out/{name}")
     assert run(*TINY, "--epochs", 1, "--seed", 5) == 0
+    os.remove("out/ckpt.pt")
+    Path("out/log.txt").write_text("")                               # killed before its first save
+    assert run(*TINY, "--epochs", 1, "--seed", 6) == 0
     assert open("out/log.txt.bak").read() == before and len(lines("out/log.txt")) == 1
     os.mkdir("mine")
     Path("mine/steps.txt").write_text("my own notes\n")
@@ -2940,15 +2943,20 @@ def test_no_command_writes_over_what_it_reads(tmp_path):
     assert run(*TINY_FILES, *coco_files(tmp_path, "train", 9), *coco_files(tmp_path, "val", 2),
                "--epochs", 1) == 0
     for flag, path in (("--json", "out/ckpt.pt"), ("--save_json", "val.json"),
-                       ("--json", "gone/x.json"), ("--save_json", "out")):
+                       ("--json", "gone/x.json"), ("--save_json", "out"), ("--json", "x.json")):
         refused(f"{flag} {path} (would be written over|should be a f)", evaluate.main,
-                ["out/ckpt.pt", flag, path])
+                ["out/ckpt.pt", "--save_json", "x.json", flag, path])
     for name in ("a.png", "a_detections.jpg"):
         Image.new("RGB", (40, 30), "red").save(name)
     photo = Path("a_detections.jpg").read_bytes()
     predict.main(["out/ckpt.pt", "a.png", "a_detections.jpg", "--out", "."])
     assert Path("a_detections.jpg").read_bytes() == photo
     assert {"a_detections_2.jpg", "a_detections_detections.jpg"} <= set(os.listdir())
+    os.makedirs("p/a_detections.jpg")
+    for out, path in (("a.png", "a.png"), ("p", "p/a_detections.jpg")):
+        refused(f"{path} cannot be written", predict.main, ["out/ckpt.pt", "a.png", "--out", out])
+    os.remove("out/ckpt.pt")
+    assert "out/best.pt would be" in run(*TINY, "--finetune", "out/best.pt")
 
 
 def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
@@ -2964,6 +2972,8 @@ def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
     open("file", "w").close()
     assert "file" in run(*TINY, "--output_dir", "file/out")
+    os.makedirs("folder/best.pt")
+    assert "folder/best.pt should be a file" in run(*TINY, "--output_dir", "folder")
     assert run(*TINY, "--output_dir", "out") == 0
     four = 4 * os.path.getsize("out/ckpt.pt")                    # with the one being written
     monkeypatch.setattr(train, "train_step", None)               # nothing is trained
@@ -3261,6 +3271,8 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
     assert Image.open("both.png").height == 2 * 480                  # a row for each kind
     Path("odd.txt").write_text('{"loss": 1}\n')
     refused("odd.txt, line 1 is no epoch", plot.main, ["odd.txt"])
+    for out in ("gone/x.png", "x.odd"):
+        refused(f"--out {out} should", plot.main, ["pool", "--out", out])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
