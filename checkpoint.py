@@ -9,6 +9,7 @@ predict and continue.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ try:
 except ImportError:                                                  # Windows has none
     fcntl = None
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, UserFileError, check_output, writing
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
@@ -327,33 +328,37 @@ def lock_output_dir(out):
     path = os.path.join(out, "lock.txt")
     try:
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
-                            f"another") from None
-    try:
+        file = open(path, "a+", errors="replace")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by workers
-    except OSError:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         raise UserFileError(f"another run writes to {out} ({file.read().strip()}): give another "
                             f"--output_dir, or end that one") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                                f"another") from None
+        print(f"note     {out} is on a file system without locks: a second run there would not be "
+              f"noticed")
     return file
 
 
-def check_output_dir(out, model):
-    """Raises UserFileError before training if the folder cannot hold the files of a run."""
+def check_output_dir(cfg, model):
+    """Raises UserError before training if the folder cannot hold the files of a run."""
+    out = cfg.output_dir
     try:
-        os.makedirs(out, exist_ok=True)
         probe = os.path.join(out, "ckpt.pt.tmp")
         with open(probe, "wb"):
             os.remove(probe)
     except OSError as error:
         raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
                             f"another") from None
+    for name in ("ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"):
+        check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
     ours = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
@@ -526,13 +531,13 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
 def truncate_logs(out, epoch, step, resumed):
     """Drops from the logs the records of steps that will be done again, and a line that was cut
-    off. What else is lost that way, another run's log or no log at all, is kept in NAME.bak."""
+    off. What else is lost that way, another run's log or no log at all, is added to NAME.bak."""
     paths = [os.path.join(out, name) for name in ("log.txt", "steps.txt")]
     # a run killed before its first checkpoint leaves a steps.txt but no log.txt
-    another_run = not resumed and os.path.exists(paths[0])
+    another_run = not resumed and os.path.exists(paths[0]) and os.path.getsize(paths[0]) > 0
     for path in filter(os.path.exists, paths):
         kept, foreign = [], another_run
-        with open(path, errors="replace") as file:
+        with writing(path), open(path, errors="surrogateescape") as file:
             lines = file.readlines()
         for line in lines:
             try:
@@ -541,8 +546,10 @@ def truncate_logs(out, epoch, step, resumed):
                     kept.append(line)
             except (ValueError, TypeError, KeyError, AttributeError):
                 foreign |= line.endswith("\n")                       # not one that was cut off
-        if foreign:
-            shutil.copyfile(path, path + ".bak")
-        with open(path + ".tmp", "w") as file:
-            file.writelines([] if another_run else kept)
-        os.replace(path + ".tmp", path)
+        with writing(path):
+            if foreign:
+                with open(path + ".bak", "a", errors="surrogateescape") as file:
+                    file.writelines(lines)
+            with open(path + ".tmp", "w") as file:
+                file.writelines([] if another_run else kept)
+            os.replace(path + ".tmp", path)

@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -53,6 +54,16 @@ def run_command(main):
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         os._exit(141)                       # 128 + SIGPIPE
+
+
+@contextmanager
+def writing(path):
+    """Turns an OSError of writing a file into a UserFileError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserFileError(f"{path} cannot be written ({error}): make room, or give another "
+                            f"place") from None
 
 
 # -- average precision ---------------------------------------------------------------------------
@@ -854,10 +865,14 @@ def check_output(flag, path, *inputs):
     """Raises UserError, before the work, if a file to write has no folder or is one of inputs."""
     if not path:
         return
-    if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-        raise UserError(f"{flag} {path} should be a file in a folder that is there")
+    folder = os.path.dirname(path) or "."
+    place = path if os.path.exists(path) else folder
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {path} should be a file that can be written, in a folder that is "
+                        f"there")
     if os.path.realpath(path) in [os.path.realpath(name) for name in inputs if name]:
-        raise UserError(f"{flag} {path} would be written over what is read")
+        raise UserError(f"{flag} {path} would be written over a file that this command reads or "
+                        f"writes: give another name")
 
 
 def main(argv=None):
@@ -876,7 +891,7 @@ def main(argv=None):
     check_output("--json", args.json, args.gt, args.dt)
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
     if args.json:
-        with open(args.json, "w") as file:
+        with writing(args.json), open(args.json, "w") as file:
             json.dump(result_json(result), file)
     print(summary(result), ap_table(result), sep="\n\n")
     if args.json:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
 from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
-                       run_command, summary)
+                       run_command, summary, writing)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
@@ -259,8 +259,9 @@ def main(argv=None):
     if classifier and args.save_json:
         raise UserError("--save_json is for detections, the checkpoint holds a classifier")
     dataset = evaluation_set(args, model, info)
-    for flag, path in (("--json", args.json), ("--save_json", args.save_json)):
-        check_output(flag, path, args.checkpoint, getattr(dataset, "source", ""))
+    inputs = args.checkpoint, getattr(dataset, "source", "")
+    check_output("--json", args.json, args.save_json, *inputs)
+    check_output("--save_json", args.save_json, *inputs)
     c = model.cfg
     what = f"classifier, mixers {c.mixers}" if classifier else (
         f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")
@@ -272,10 +273,10 @@ def main(argv=None):
                         num_workers=args.num_workers, collate_fn=collate)
     result = evaluate(model.to(check_device(args.device)), loader, args.device)
     if args.save_json:
-        with open(args.save_json, "w") as file:
+        with writing(args.save_json), open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset), file)
     if args.json:
-        with open(args.json, "w") as file:
+        with writing(args.json), open(args.json, "w") as file:
             json.dump(accuracy_json(result) if classifier else result_json(result), file)
     print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):

@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from coco_eval import UserError, UserFileError, run_command
+from coco_eval import UserError, UserFileError, check_output, run_command, writing
 
 
 DETECTORS, CLASSIFIERS = ("AP", "AP50"), ("top-1", "top-5")
@@ -28,7 +28,7 @@ def read_log(path):
     if not os.path.exists(path):
         raise UserFileError(f"{path} not found: give log files of train.py or their folders")
     records = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for number, line in enumerate(file):
             try:
                 record = json.loads(line)
@@ -86,6 +86,11 @@ def main(argv=None):
     parser.add_argument("--out", default="curves.png", help="the picture, .png or .svg")
     args = parser.parse_args(argv)
 
+    check_output("--out", args.out)
+    known = plt.gcf().canvas.get_supported_filetypes()               # without a suffix: .png
+    if os.path.splitext(args.out)[1][1:].lower() not in ("", *known):
+        raise UserError(f"--out {args.out} should end in .png or .svg")
+
     # detectors and classifiers in rows of their own
     rows = {DETECTORS: [], CLASSIFIERS: []}
     for path in args.logs:
@@ -102,7 +107,8 @@ def main(argv=None):
             axis.set(title=title, xlabel="epoch")
             axis.grid(alpha=0.3)
         axes[0].legend()
-    figure.savefig(args.out, dpi=120)
+    with writing(args.out):
+        figure.savefig(args.out, dpi=120)
     print(f"{len(args.logs)} run(s) drawn in {args.out}")
 
 

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from coco_eval import UserError, UserFileError, run_command
+from coco_eval import UserError, UserFileError, run_command, writing
 from images import IMAGE_SUFFIXES, draw_boxes, read_image
 from metaformer import MetaFormer
 from data import plan_validation
@@ -75,7 +75,8 @@ def main(argv=None):
     model = model.eval().to(check_device(args.device))
     size = (args.image_size or info["train"].get("image_size", 800),
             args.max_size or info["train"].get("max_size", 1333))
-    os.makedirs(args.out, exist_ok=True)
+    with writing(args.out):
+        os.makedirs(args.out, exist_ok=True)
     # photos in the output folder keep their names
     out = os.path.realpath(args.out)
     written = {os.path.basename(f) for f in files if os.path.dirname(os.path.realpath(f)) == out}
@@ -97,7 +98,9 @@ def main(argv=None):
         while name in written:                       # a photo's, or of one in another folder
             name, n = f"{stem}_detections_{n}.jpg", n + 1
         written.add(name)
-        draw_boxes(image, boxes, names, scores).save(os.path.join(args.out, name), quality=92)
+        drawn = os.path.join(args.out, name)
+        with writing(drawn):
+            draw_boxes(image, boxes, names, scores).save(drawn, quality=92)
         results.append({"file": path, "drawn": name, "width": image.width, "height": image.height,
                         "detections": [
                             {"class": c, "category_id": info["category_ids"][int(k)],
@@ -105,7 +108,8 @@ def main(argv=None):
                              "box_xyxy": [round(float(v), 2) for v in box]}
                             for c, k, s, box in zip(names, found["labels"][keep], scores, boxes)]})
         print(f"{path}: {', '.join(f'{c} {s:.2f}' for c, s in zip(names, scores)) or 'nothing'}")
-    with open(os.path.join(args.out, "predictions.json"), "w") as file:
+    path = os.path.join(args.out, "predictions.json")
+    with writing(path), open(path, "w") as file:
         json.dump(results, file, indent=1)
     print(f"{len(files) - failed} image(s) drawn, and predictions.json, in {args.out}")
     if failed:

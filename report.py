@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, writing
 from images import contact_sheet
 from resnet import RESNETS
 from data import collate, cxcywh_to_xyxy, to_device
@@ -27,13 +27,19 @@ from evaluate import autocast, sum_over_processes
 
 
 def say(run, *words, **options):
-    """print, on rank 0. A closed output (`| head`) stops the run like SIGTERM."""
+    """print, on rank 0. An output that is closed (`| head`, a terminal) or whose disk is full stops
+    the run like SIGTERM."""
     if run.rank == 0:
         try:
             print(*words, **options, flush=True)
-        except BrokenPipeError:
-            run.interrupt.update(stop=1.0, code=141)                 # 128 + SIGPIPE
+        except OSError as error:
             sys.stdout = open(os.devnull, "w")
+            if not run.interrupt["stop"]:
+                run.interrupt.update(stop=1.0, code=141)             # 128 + SIGPIPE
+            if not isinstance(error, BrokenPipeError):
+                with suppress(OSError):
+                    print(f"the output cannot be written ({error}): stopping after this step",
+                          file=sys.stderr)
 
 
 # -- stopping -----------------------------------------------------------------------------------
@@ -57,8 +63,9 @@ def catch_signals():
             sys.exit(interrupt["code"])
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, signal.SIGINT)                # Windows lacks some
+        if signal.getsignal(number) != signal.SIG_IGN:               # as nohup has SIGHUP
+            signal.signal(number, handler)
     return interrupt
 
 
@@ -161,12 +168,8 @@ def memory_gb(device):
 
 def append_json(path, record):
     """Adds a line to a log file. Raises UserFileError."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserFileError(f"{path} cannot be written ({error}): make room and give the same "
-                            f"command again") from None
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def check_workers(batches, error):
@@ -289,7 +292,9 @@ def draw_batch(run, images, valid, targets):
         boxes = boxes * torch.tensor([w, h, w, h])
         picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
         items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
-    contact_sheet(items).save(os.path.join(run.cfg.output_dir, "first_batch.jpg"))
+    path = os.path.join(run.cfg.output_dir, "first_batch.jpg")
+    with writing(path):
+        contact_sheet(items).save(path)
 
 
 def draw_detections(result, dataset, threshold=0.7):

@@ -36,6 +36,7 @@ bench.py                    and what makes it fast      -k "bench or lever"
 
 import argparse
 import copy
+import errno
 import hashlib
 import io
 import itertools
@@ -2842,13 +2843,31 @@ def test_a_bug_keeps_its_traceback_wherever_it_is(place, processes):
         assert f"in epoch 1, step 1, rank {rank}, images [" in errors
 
 
-def test_a_closed_pipe_is_a_stop_with_a_checkpoint():
-    """As of `python train.py | head -3`."""
-    job = start(train.__file__, *TINY, "--num_workers", "1")
-    assert job.stdout.readline().startswith("data")
-    job.stdout.close()
-    assert job.stderr.read() == "" and job.wait() == 141
+@pytest.mark.skipif(os.name == "nt", reason="needs pseudo-terminals")
+@pytest.mark.parametrize("output, code, words", [
+    ("pipe", 141, ""), ("terminal", 129, "stopping"), ("/dev/full", 141, "No space left")])
+def test_an_output_that_ends_is_a_stop_with_a_checkpoint(output, code, words):
+    """As of `python train.py | head -1`, a closed window, a log file on a full disk."""
+    read, write = os.openpty() if output == "terminal" else os.pipe()
+    full = {"stdout": open(output, "w")} if output == "/dev/full" else {}
+    job = start(train.__file__, *TINY, "--num_workers", "1", **{"stdout": write} | full)
+    os.close(write)
+    if not full:
+        assert os.read(read, 4) == b"data"
+    os.close(read)                                                   # the next print fails
+    if output == "terminal":
+        job.send_signal(signal.SIGHUP)
+    errors = job.communicate()[1]
+    assert job.returncode == code and (words in errors if words else errors == ""), errors
     assert checkpoint("out/ckpt.pt")["step"] >= 1 and run(*TINY) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train.catch_signals()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_an_option_from_a_later_version_is_refused_and_one_that_is_not_there_yet_is_none(
@@ -2917,7 +2936,7 @@ def test_processes_started_with_other_options_say_which(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fcntl")
-def test_a_second_run_in_the_folder_names_the_first():
+def test_a_second_run_in_the_folder_names_the_first(monkeypatch, capsys):
     first = start(train.__file__, *TINY, "--epochs", "500")
     while "step" not in first.stdout.readline():
         pass
@@ -2927,6 +2946,14 @@ def test_a_second_run_in_the_folder_names_the_first():
     assert f"another run writes to out (process {first.pid} on " in message
     assert "another run" not in str(run(*TINY, "--seed", 9))         # the lock died with it
 
+    def fail(*args):
+        raise error
+    monkeypatch.setattr("fcntl.lockf", fail)
+    error = OSError(errno.ENOLCK, "No locks available")              # NFS without its daemon
+    assert checkpoint_py.lock_output_dir("b") and "without locks" in capsys.readouterr().out
+    error = OSError(errno.ENOSPC, "No space left on device")
+    refused("--output_dir b cannot be written .*No space", checkpoint_py.lock_output_dir, "b")
+
 
 def test_logs_of_another_run_are_kept():
     assert run(*TINY, "--epochs", 1) == 0
@@ -2934,6 +2961,9 @@ def test_logs_of_another_run_are_kept():
     for name in ("ckpt.pt", "best.pt"):
         os.remove(f"out/{name}")
     assert run(*TINY, "--epochs", 1, "--seed", 5) == 0
+    os.remove("out/ckpt.pt")
+    Path("out/log.txt").write_text("")                               # killed before its first save
+    assert run(*TINY, "--epochs", 1, "--seed", 6) == 0
     assert open("out/log.txt.bak").read() == before and len(lines("out/log.txt")) == 1
     os.mkdir("mine")
     Path("mine/steps.txt").write_text("my own notes\n")
@@ -2945,15 +2975,20 @@ def test_no_command_writes_over_what_it_reads(tmp_path):
     assert run(*TINY_FILES, *coco_files(tmp_path, "train", 9), *coco_files(tmp_path, "val", 2),
                "--epochs", 1) == 0
     for flag, path in (("--json", "out/ckpt.pt"), ("--save_json", "val.json"),
-                       ("--json", "gone/x.json"), ("--save_json", "out")):
+                       ("--json", "gone/x.json"), ("--save_json", "out"), ("--json", "x.json")):
         refused(f"{flag} {path} (would be written over|should be a f)", evaluate.main,
-                ["out/ckpt.pt", flag, path])
+                ["out/ckpt.pt", "--save_json", "x.json", flag, path])
     for name in ("a.png", "a_detections.jpg"):
         Image.new("RGB", (40, 30), "red").save(name)
     photo = Path("a_detections.jpg").read_bytes()
     predict.main(["out/ckpt.pt", "a.png", "a_detections.jpg", "--out", "."])
     assert Path("a_detections.jpg").read_bytes() == photo
     assert {"a_detections_2.jpg", "a_detections_detections.jpg"} <= set(os.listdir())
+    os.makedirs("p/a_detections.jpg")
+    for out, path in (("a.png", "a.png"), ("p", "p/a_detections.jpg")):
+        refused(f"{path} cannot be written", predict.main, ["out/ckpt.pt", "a.png", "--out", out])
+    os.remove("out/ckpt.pt")
+    assert "out/best.pt would be" in run(*TINY, "--finetune", "out/best.pt")
 
 
 def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
@@ -2969,6 +3004,8 @@ def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
     open("file", "w").close()
     assert "file" in run(*TINY, "--output_dir", "file/out")
+    os.makedirs("folder/best.pt")
+    assert "folder/best.pt should be a file" in run(*TINY, "--output_dir", "folder")
     assert run(*TINY, "--output_dir", "out") == 0
     four = 4 * os.path.getsize("out/ckpt.pt")                    # with the one being written
     monkeypatch.setattr(train, "train_step", None)               # nothing is trained
@@ -3266,6 +3303,8 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
     assert Image.open("both.png").height == 2 * 480                  # a row for each kind
     Path("odd.txt").write_text('{"loss": 1}\n')
     refused("odd.txt, line 1 is no epoch", plot.main, ["odd.txt"])
+    for out in ("gone/x.png", "x.odd"):
+        refused(f"--out {out} should", plot.main, ["pool", "--out", out])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from coco_eval import UserError
+from coco_eval import UserError, writing
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
@@ -208,7 +208,8 @@ def finish_epoch(run, interval):
         say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
                  f"images, {hms(interval.elapsed())} since the start")
         if run.rank == 0:
-            run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+            with writing(f"{out}/predictions.jpg"):
+                run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
     if run.rank == 0:
         append_json(f"{out}/log.txt", record)
     if is_best:
@@ -391,7 +392,7 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
               val_loader=val_loader, rank=rank, world=world, device=device,
               dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock)
     if rank == 0:
-        check_output_dir(cfg.output_dir, raw_model)
+        check_output_dir(cfg, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
     continue_run(run, state)
     return run
