@@ -83,12 +83,12 @@ def resized(h, w, size, max_size=None):
 def draw_label(draw, place, text, color, size):
     """Writes `text` above `place` (x, y) on `color`, moved and made smaller to be whole inside the
     image; size: of the letters in pixels."""
-    width, height = draw.im.size
-    size *= min(1, width / ImageFont.load_default(size).getlength(text))
+    last_x, last_y = draw.im.size[0] - 1, draw.im.size[1] - 1
+    size *= min(1, last_x / ImageFont.load_default(size).getlength(text))
     font = ImageFont.load_default(max(1, size))
     left, top, right, bottom = draw.textbbox(place, text, font=font, anchor="lb")
-    dx = max(0, min(left, width - (right - left))) - left
-    dy = max(0, min(top, height - (bottom - top))) - top
+    dx = max(0, min(left, last_x - (right - left))) - left
+    dy = max(0, min(top, last_y - (bottom - top))) - top
     draw.rectangle([left + dx, top + dy, right + dx, bottom + dy], color)
     draw.text((place[0] + dx, place[1] + dy), text, "white", font=font, anchor="lb")
 
