@@ -95,7 +95,7 @@ def gather(mine):
 
 
 def with_progress(loader):
-    """The batches of a loader; after 20, 40, 80, ... seconds rank 0 tells on stderr how far it is."""
+    """The batches of a loader. After 20, 40, 80, ... seconds rank 0 prints on stderr how many."""
     begin, due = time.time(), 20
     for k, batch in enumerate(loader, 1):
         passed = time.time() - begin
@@ -108,11 +108,11 @@ def with_progress(loader):
 
 @torch.inference_mode()
 def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
-    """Rows float64 (n, ...) for all images of the data set, ordered by image, and the sums of the
-    losses, numbers by name; the same on each process.
+    """Rows float64 (n, ...) for all images of the data set, ordered by image, and losses added up
+    over all batches, numbers by name; the same on each process.
 
-    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column.
-    losses_of(outputs, targets): dict of 0-dim tensors, shares of a batch in the losses; None: {}.
+    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column;
+    losses_of(outputs, targets): its share in the losses, 0-dim tensors by name; None: no losses.
     """
     model.eval()
     rows, losses = [], []
@@ -123,20 +123,21 @@ def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
         shares = losses_of(outputs, targets) if losses_of else {}
         losses.append({name: value.item() for name, value in shares.items()})
 
-    # the batches of all processes, of which the last ones may have none
-    rows, losses = (sum(lists, []) for lists in zip(*gather((rows, losses))))
-    rows = torch.cat(rows)
-    sums = {name: math.fsum(shares[name] for shares in losses) for name in losses[0]}
-    return rows[rows[:, 0].argsort(stable=True)], sums
+    # those of all processes, of which the last ones may have no batch
+    everyone = gather((rows, losses))
+    rows = torch.cat(sum([theirs for theirs, _ in everyone], []))
+    losses = sum([theirs for _, theirs in everyone], [])
+    total = {name: math.fsum(shares[name] for shares in losses) for name in losses[0]}
+    return rows[rows[:, 0].argsort(stable=True)], total
 
 
 def evaluate(model, loader, device, dtype=torch.float32, losses_of=None):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. losses_of: see collect_rows. Returns evaluate_columns' dict, and in it
-    "rows", the detections (D, 7) of detection_rows, "losses", "classes" and "category_ids". For a
-    classifier: evaluate_classifier.
+    batches. dtype: of autocast. losses_of: see collect_rows. Returns evaluate_columns' dict, and in
+    it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and "category_ids". For
+    a classifier: evaluate_classifier.
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype, losses_of)

@@ -120,8 +120,8 @@ def draw_boxes(image, boxes_xyxy, names, scores=None, colors=None):
 
 def contact_sheet(items, columns=4, side=320):
     """The first 16 of `items`, tuples of draw_boxes' arguments, on one PIL image, `columns` in a
-    row, each scaled to fit side x side pixels before its boxes are drawn, with labels that may pass
-    its border."""
+    row, each scaled to fit side x side pixels before its boxes are drawn. Labels may lie beside a
+    narrow image."""
     items = items[:16]
     rows = math.ceil(len(items) / columns)
     sheet = Image.new("RGB", (min(columns, len(items)) * side, rows * side), "white")

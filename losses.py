@@ -130,6 +130,7 @@ def log_metrics(logits, index, labels, targets, normalizers):
     _, matched, images = normalizers.tolist()
     guess = logits.argmax(-1)                                                           # (L, B, Q)
     wrong = (guess[index][-1] != labels[-1]).sum()
+    # without any object, 100 % of the images stand for the share of wrong queries
     share = wrong / matched if matched else logits.new_tensor(len(targets) / images)
     found = (guess != logits.shape[-1] - 1).sum(-1).float()                             # (L, B)
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)

@@ -35,9 +35,9 @@ PANELS = {
 TITLES = {
     "class_error": "class error, %", "loss": "loss (weighted sum)",
     "loss_bbox": "loss_bbox (L1 of cx, cy, w, h in image sides)",
-    "loss_giou": "loss_giou (1 - generalised IoU)", "AP50": "AP50", "AP": "AP (mean over IoU 0.50 to 0.95)",
-    "grad_norm": "norm of the gradient", "lr": "learning rate", "top1": "top-1, %",
-    "top5": "top-5, %"}
+    "loss_giou": "loss_giou (1 - generalised IoU)", "AP50": "AP50",
+    "AP": "AP (mean over IoU 0.50 to 0.95)", "grad_norm": "norm of the gradient",
+    "lr": "learning rate", "top1": "top-1, %", "top5": "top-5, %"}
 
 
 def read_record(line, number, file):
@@ -46,7 +46,7 @@ def read_record(line, number, file):
     weights, but for the sum."""
     r = json.loads(line)
     if file == "steps.txt":
-        return {"x": (r["epoch"], r["step"] + 0), **{f"train_{k}": v for k, v in r.items()}}
+        return {"x": (r["epoch"] + 0, r["step"] + 0), **{f"train_{k}": v for k, v in r.items()}}
     r["x"] = r.get("epoch", number) + 1                  # the log published with DETR has no epoch
     r.update({k.removesuffix("_unscaled"): v for k, v in r.items() if k.endswith("_unscaled")})
     if "test_coco_eval_bbox" in r:
@@ -100,7 +100,7 @@ def group(paths):
 
 
 def mean_and_range(runs, key):
-    """x, mean, least and largest of a key over runs, lists of records, where all of them have it."""
+    """x, mean, least and largest of a key over runs, lists of records, where all have a value."""
     curves = [{r["x"]: r[key] for r in run if key in r} for run in runs]
     x = sorted(set.intersection(*map(set, curves)))
     y = np.array([[curve[v] for v in x] for curve in curves])        # (runs, epochs)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from coco_eval import IOU_THRS, UserError, UserFileError, box_overlap, evaluate_columns
+from coco_eval import IOU_THRS, UserError, UserFileError, box_overlap, evaluate_columns, take
 from images import contact_sheet
 from resnet import RESNETS
 from classification import classification_loss
@@ -281,7 +281,7 @@ def log_entries(split, losses, loss_cfg):
 
 
 def epoch_record(run):
-    """The record of log.txt of the epoch that has just ended: means of the losses over its steps."""
+    """The record of log.txt of the epoch that has just ended: the losses, means over its steps."""
     sums = dict(run.epoch_sums)
     processes = sums.pop("processes")
     losses = {name: value / processes for name, value in sums.items()}
@@ -374,7 +374,7 @@ def say_best(run):
 # -- a detector that has learned nothing ---------------------------------------------------------
 
 def in_sides(boxes, sizes):
-    """Boxes (..., 4) xywh in pixels of images of `sizes` (..., 2) in widths and heights of these."""
+    """Boxes (..., 4) in pixels of images of `sizes` (..., 2) as shares of their widths, heights."""
     return boxes / sizes[..., [1, 0, 1, 0]]
 
 
@@ -397,7 +397,7 @@ def likeness(rows, sizes):
 def constant_boxes(gt, sizes, most):
     """The same boxes for all images that find the most objects, at most `most` of a class: classes
     (n,), scores (n,), boxes (n, 4) xywh in image sides; and the mean IoU of an object with the
-    nearest of them. gt: columns of the data set, without crowds; sizes (N, 2).
+    nearest of them. gt: columns of the objects, which have an area; sizes (N, 2).
 
     Greedy: of 100 true boxes of a class, evenly spread over the data set, it takes the one by
     which the most objects pass one of COCO's ten thresholds of IoU that no box before let them
@@ -424,20 +424,21 @@ def constant_boxes(gt, sizes, most):
 
 
 def note_on_constants(result, dataset):
-    """A line that tells of a detector that hardly looks at the images, else None.
+    """A line on a detector that hardly looks at the images, else None.
 
-    It does where the detections differ from image to image less than half as much as the true
-    boxes do, 1 - likeness from 1 - mean IoU with constant_boxes, and the true boxes do differ.
+    Such are detections with a likeness over 0.75 that differ from image to image less than half as
+    much as the true boxes do: 1 - likeness beside 1 - their mean IoU with constant_boxes. If this
+    IoU is over 0.95, the images are alike, and nothing is said.
     """
     N, K, gt = len(dataset), len(dataset.classes), dataset.columns()
+    objects = take(gt, ~gt["crowd"] & (gt["box"][:, 2:] > 0).all(1))
     queries, rest = divmod(len(result["rows"]), N)
-    if rest or gt["crowd"].all():
+    if N == 1 or rest or not len(objects["box"]):
         return None
     alike = likeness(result["rows"], dataset.sizes)
     if alike < 0.75:
         return None
-    regular = {name: column[~gt["crowd"]] for name, column in gt.items()}
-    classes, scores, boxes, fit = constant_boxes(regular, dataset.sizes,
+    classes, scores, boxes, fit = constant_boxes(objects, dataset.sizes,
                                                  min(10, max(1, queries // K)))
     if fit > 0.95 or 1 - alike > (1 - fit) / 2:
         return None

@@ -3786,8 +3786,8 @@ def write_log(path, records):
 
 def test_curves_of_runs_are_grouped_by_arm():
     plot = pytest.importorskip("plot")
-    paths = ["a/pool_s1", "a/pool_s2/log.txt", "mlp-seed10", "mlp-seed11", "poolformer_s12", "x/run",
-             "y/run", "detr.txt", "r50_log.txt.gz"]
+    paths = ["a/pool_s1", "a/pool_s2/log.txt", "mlp-seed10", "mlp-seed11", "poolformer_s12",
+             "x/run", "y/run", "detr.txt", "r50_log.txt.gz"]
     assert plot.group(paths) == {
         "pool": paths[:2], "mlp": paths[2:4], "poolformer_s12": paths[4:5], "x/run": ["x/run"],
         "y/run": ["y/run"], "detr": ["detr.txt"], "r50_log": ["r50_log.txt.gz"]}
