@@ -1867,17 +1867,19 @@ def test_matching_gives_the_official_indices_also_with_more_objects_than_queries
          (every, [0, 2, 7, 5, 3, 1, 8, 4, 6, 9])]]
 
 
-@pytest.mark.parametrize("case", ["mixed", "more_targets_than_queries"])
+@pytest.mark.parametrize("case", ["mixed", "every_image_empty", "more_targets_than_queries"])
 def test_parts_of_a_step_with_its_counts_add_up_to_the_whole(case):
-    L, Q, K, counts, total, *_ = OFFICIAL_LOSSES[case]
+    L, Q, K, counts, *_ = OFFICIAL_LOSSES[case]
     whole_logits, whole_boxes, targets = named_problem(case, L, Q, K, counts)
-    set_loss(whole_logits, whole_boxes, targets)["loss"].backward()
+    whole = set_loss(whole_logits, whole_boxes, targets)
+    whole["loss"].backward()
     logits, boxes, _ = named_problem(case, L, Q, K, counts)
     step = loss_normalizers(targets[:1], Q) + loss_normalizers(targets[1:], Q)
-    parts = [set_loss(logits[:, part], boxes[:, part], targets[part], normalizers=step)["loss"]
+    parts = [set_loss(logits[:, part], boxes[:, part], targets[part], normalizers=step)
              for part in (slice(None, 1), slice(1, None))]
-    sum(parts).backward()
-    assert sum(parts).item() == pytest.approx(total, rel=1e-5)
+    sum(part["loss"] for part in parts).backward()
+    for name, value in whole.items():
+        assert sum(part[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-5)
     assert_close(logits.grad, whole_logits.grad)
     assert_close(boxes.grad, whole_boxes.grad)
 
@@ -3405,6 +3407,7 @@ def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsy
                     for k in (1, 5)]
         record = log[state["epoch"] - 1]
         assert [record["test_acc1"], record["test_acc5"]] == pytest.approx(expected)
+        assert record["test_class_error"] == pytest.approx(100 - expected[0])
     numbers = evaluate_py("out/ckpt.pt")
     assert [100 * numbers[k] for k in ("top1", "top5")] == [log[-1]["test_acc1"],
                                                             log[-1]["test_acc5"]]
