@@ -12,7 +12,9 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
 
 import argparse
 import json
+import math
 import sys
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -84,58 +86,76 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_rows(rows):
-    """The rows (n, ...) of all processes, on each; as n differs, all are padded to the largest."""
+def gather(mine):
+    """The objects of all processes, a list by rank, on each process."""
     if not dist.is_initialized():
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = rows.new_zeros(max(map(int, counts)), rows.shape[1])
-    padded[:len(rows)] = rows
-    parts = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def with_progress(loader):
+    """The batches of a loader. After 20, 40, 80, ... seconds rank 0 prints on stderr how many."""
+    begin, due = time.time(), 20
+    for k, batch in enumerate(loader, 1):
+        passed = time.time() - begin
+        if passed > due and not (dist.is_initialized() and dist.get_rank()):
+            left = passed / k * (len(loader) - k)
+            print(f"evaluation: batch {k} of {len(loader)}, {left:.0f} s left", file=sys.stderr)
+            due *= 2
+        yield batch
 
 
 @torch.inference_mode()
-def collect_rows(model, loader, device, dtype, rows_of, width):
-    """Rows (n, width) float64 for all images of the data set, ordered by image, on each process.
+def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
+    """Rows float64 (n, ...) for all images of the data set, ordered by image, and losses added up
+    over all batches, numbers by name; the same on each process.
 
-    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column.
+    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column;
+    losses_of(outputs, targets): its share in the losses, 0-dim tensors by name; None: no losses.
     """
     model.eval()
-    rows = [torch.zeros(0, width, dtype=torch.float64)]             # a process may have no batch
-    for images, valid, targets in loader:
+    rows, losses = [], []
+    for images, valid, targets in with_progress(loader):
         with autocast(device, dtype):
             outputs = model(*to_device(images, valid, device))
         rows.append(rows_of(outputs, targets, loader.dataset))
-    rows = gather_rows(torch.cat(rows))
-    return rows[rows[:, 0].argsort(stable=True)]
+        shares = losses_of(outputs, targets) if losses_of else {}
+        losses.append({name: value.item() for name, value in shares.items()})
+
+    # those of all processes, of which the last ones may have no batch
+    everyone = gather((rows, losses))
+    rows = torch.cat(sum([theirs for theirs, _ in everyone], []))
+    losses = sum([theirs for _, theirs in everyone], [])
+    total = {name: math.fsum(shares[name] for shares in losses) for name in losses[0]}
+    return rows[rows[:, 0].argsort(stable=True)], total
 
 
-def evaluate(model, loader, device, dtype=torch.float32):
+def evaluate(model, loader, device, dtype=torch.float32, losses_of=None):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. Returns evaluate_columns' dict, and in it "rows", the detections
-    (D, 7) of detection_rows, "classes" and "category_ids". For a classifier: evaluate_classifier.
+    batches. dtype: of autocast. losses_of: see collect_rows. Returns evaluate_columns' dict, and in
+    it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and "category_ids". For
+    a classifier: evaluate_classifier.
     """
     if isinstance(model, MetaFormer):
-        return evaluate_classifier(model, loader, device, dtype)
+        return evaluate_classifier(model, loader, device, dtype, losses_of)
     dataset = loader.dataset
-    rows = collect_rows(model, loader, device, dtype, detection_rows, 7)
+    rows, losses = collect_rows(model, loader, device, dtype, detection_rows, losses_of)
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
     result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
-    return {**result, "rows": rows, "classes": dataset.classes,
+    return {**result, "rows": rows, "losses": losses, "classes": dataset.classes,
             "category_ids": dataset.category_ids}
 
 
-def evaluate_classifier(model, loader, device, dtype=torch.float32):
-    """class_accuracy's dict of a classifier; arguments as in evaluate."""
-    rows = collect_rows(model, loader, device, dtype, class_rows, 5)
-    return class_accuracy(rows, loader.dataset)
+def evaluate_classifier(model, loader, device, dtype=torch.float32, losses_of=None):
+    """class_accuracy's dict of a classifier, with "losses"; arguments as in evaluate."""
+    rows, losses = collect_rows(model, loader, device, dtype, class_rows, losses_of)
+    return {**class_accuracy(rows, loader.dataset), "losses": losses}
 
 
 def coco_results(rows, dataset):

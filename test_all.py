@@ -30,6 +30,7 @@ stress.py                   killed at any moment        -k killed_again
 train.py                    learning rate               -k learning_rate
 config.py                   options                     -k "option or flag"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
+report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
 classification.py           training and evaluation     -k "classifier or class_folders"
 bench.py                    and what makes it fast      -k "bench or lever"
 """
@@ -37,6 +38,7 @@ bench.py                    and what makes it fast      -k "bench or lever"
 import argparse
 import copy
 import errno
+import gzip
 import hashlib
 import io
 import itertools
@@ -81,10 +83,11 @@ import checkpoint as checkpoint_py
 import evaluate
 import train
 import predict
+import report
 import bench
 import stress
 from mixers import MIXERS, AttentionMixer, MixerConfig
-from images import PIXEL_MEAN, PIXEL_STD, read_image, resized
+from images import PIXEL_MEAN, PIXEL_STD, draw_boxes, read_image, resized
 from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
 from check_data import check_coco, open_images
 from resnet import FrozenBatchNorm2d, ResNet, conv_norm
@@ -1865,17 +1868,19 @@ def test_matching_gives_the_official_indices_also_with_more_objects_than_queries
          (every, [0, 2, 7, 5, 3, 1, 8, 4, 6, 9])]]
 
 
-@pytest.mark.parametrize("case", ["mixed", "more_targets_than_queries"])
+@pytest.mark.parametrize("case", ["mixed", "every_image_empty", "more_targets_than_queries"])
 def test_parts_of_a_step_with_its_counts_add_up_to_the_whole(case):
-    L, Q, K, counts, total, *_ = OFFICIAL_LOSSES[case]
+    L, Q, K, counts, *_ = OFFICIAL_LOSSES[case]
     whole_logits, whole_boxes, targets = named_problem(case, L, Q, K, counts)
-    set_loss(whole_logits, whole_boxes, targets)["loss"].backward()
+    whole = set_loss(whole_logits, whole_boxes, targets)
+    whole["loss"].backward()
     logits, boxes, _ = named_problem(case, L, Q, K, counts)
     step = loss_normalizers(targets[:1], Q) + loss_normalizers(targets[1:], Q)
-    parts = [set_loss(logits[:, part], boxes[:, part], targets[part], normalizers=step)["loss"]
+    parts = [set_loss(logits[:, part], boxes[:, part], targets[part], normalizers=step)
              for part in (slice(None, 1), slice(1, None))]
-    sum(parts).backward()
-    assert sum(parts).item() == pytest.approx(total, rel=1e-5)
+    sum(part["loss"] for part in parts).backward()
+    for name, value in whole.items():
+        assert sum(part[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-5)
     assert_close(logits.grad, whole_logits.grad)
     assert_close(boxes.grad, whole_boxes.grad)
 
@@ -2422,6 +2427,27 @@ def evaluated(rank=0, world=1):
     return found
 
 
+def shapes_of_which_one_is_empty():
+    dataset = ShapesDataset("val", 4, 32)
+    dataset.crowd[:dataset.offsets[1]] = True                     # not trained on
+    return dataset
+
+
+def validation_losses(batch_size, rank=0, world=1):
+    """The losses of evaluations of a detector and of a classifier on 4 images each."""
+    found, losses_of = [], (LossConfig(eos_coef=0.3), ClassLossConfig())
+    for model, dataset, cfg in zip((mixer_model("pool", "frozen"), tiny_classifier("pool")),
+                                   (shapes_of_which_one_is_empty(),
+                                    ShapesClassification("val", 4, 32)), losses_of):
+        job = run_of(model, None, loss_cfg=cfg)
+        job.val_loader = DataLoader(dataset, collate_fn=collate,
+                                    batch_sampler=EvalSampler(dataset, batch_size, rank, world))
+        result = job.task.evaluate(model, job.val_loader, "cpu", torch.float32,
+                                   job.task.validation_losses(job))
+        found.append(result["losses"])
+    return found
+
+
 CLASSIFIERS = [("pool", "group"), ("attention", "layer")]           # mixers, norm
 
 
@@ -2446,7 +2472,7 @@ def rank_job(rank, world, ports, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0])
     assert train.start_processes("cpu") == (rank, world, "cpu")
-    saved = {"evaluated": evaluated(rank, world)}
+    saved = {"evaluated": evaluated(rank, world), "losses": validation_losses(2, rank, world)}
     for mixers, norm in CLASSIFIERS if world == 2 else ():
         model, half = tiny_classifier(mixers, norm), slice(4 * rank, 4 * rank + 4)
         parts = parts_of(eight_shapes(), half)
@@ -3132,11 +3158,15 @@ def test_a_process_beyond_the_gpus_is_told(monkeypatch):
     refused("process 2 of this machine has no GPU, 2 visible", train.start_processes, "cuda")
 
 
-def test_a_rank_without_images_evaluates_none():
-    dataset = ShapesDataset("val", 2, 32)
-    loader = DataLoader(dataset, collate_fn=collate,
-                        batch_sampler=EvalSampler(dataset, 1, rank=2, world=3))
-    assert evaluate.evaluate(mixer_model("pool"), loader, "cpu")["rows"].shape == (0, 7)
+def test_a_rank_without_images_evaluates_those_of_the_others(monkeypatch):
+    dataset, found = ShapesDataset("val", 2, 32), []
+    loaders = [DataLoader(dataset, collate_fn=collate,
+                          batch_sampler=EvalSampler(dataset, 2, rank, world=2)) for rank in (0, 1)]
+    gather = evaluate.gather
+    monkeypatch.setattr(evaluate, "gather", lambda mine: found.append(mine) or gather(mine))
+    rows = evaluate.evaluate(mixer_model("pool"), loaders[0], "cpu")["rows"]
+    monkeypatch.setattr(evaluate, "gather", lambda mine: [found[0], mine])
+    assert torch.equal(evaluate.evaluate(mixer_model("pool"), loaders[1], "cpu")["rows"], rows)
 
 
 # -- stress.py: killed at any moment -------------------------------------------------------------
@@ -3285,26 +3315,6 @@ def test_a_detector_whose_detections_are_not_finite_is_refused(whole):
     Image.new("RGB", (40, 30)).save("photo.png")
     words = "detections of image photo.png are not finite"
     refused(words, predict.main, ["spoilt.pt", "photo.png"])
-
-
-def test_curves_of_runs_and_of_the_published_log_are_drawn():
-    plot = pytest.importorskip("plot")
-    published = [dict(train_loss=20.0 - k, test_coco_eval_bbox=[k / 10] * 12) for k in range(3)]
-    Path("detr.txt").write_text("".join(json.dumps(r) + "\n" for r in published))  # no "epoch"
-    Path("pool").mkdir()
-    last = dict(epoch=4, train_loss=1.0, test_acc1=50.0, test_acc5=75.0)
-    Path("pool/log.txt").write_text(json.dumps(last) + "\n")
-    assert [r["epoch"] for r in plot.read_log("detr.txt")] == [0, 1, 2]
-    assert plot.read_log("detr.txt")[2]["scores"] == {"AP": 0.2, "AP50": 0.2}
-    assert plot.read_log("pool")[0]["scores"] == {"top-1": 0.5, "top-5": 0.75}
-    assert [plot.label(path) for path in ("detr.txt", "pool", "pool/log.txt")] == [
-        "detr", "pool", "pool"]
-    plot.main(["detr.txt", "pool", "--out", "both.png"])
-    assert Image.open("both.png").height == 2 * 480                  # a row for each kind
-    Path("odd.txt").write_text('{"loss": 1}\n')
-    refused("odd.txt, line 1 is no epoch", plot.main, ["odd.txt"])
-    for out in ("gone/x.png", "x.odd"):
-        refused(f"--out {out} should", plot.main, ["pool", "--out", out])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -3466,6 +3476,7 @@ def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsy
                     for k in (1, 5)]
         record = log[state["epoch"] - 1]
         assert [record["test_acc1"], record["test_acc5"]] == pytest.approx(expected)
+        assert record["test_class_error"] == pytest.approx(100 - expected[0])
     numbers = evaluate_py("out/ckpt.pt")
     assert [100 * numbers[k] for k in ("top1", "top5")] == [log[-1]["test_acc1"],
                                                             log[-1]["test_acc5"]]
@@ -3656,6 +3667,234 @@ def test_the_images_given_are_left_as_they_are():
     mixer_model("pool")(images, torch.zeros(1, 32, 32, dtype=torch.bool).index_fill(
         1, torch.arange(20), True))
     assert (images == 7).all()
+
+
+# -- report.py and plot.py: what one sees of a run -----------------------------------------------
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_validation_losses_are_those_of_one_batch_of_all_images(batch_size):
+    """Of four images, one of which has no objects."""
+    detection, classification = validation_losses(batch_size)
+    dataset = shapes_of_which_one_is_empty()
+    images, _, targets = collate([dataset[i] for i in range(4)])
+    assert [len(t["labels"]) > 0 for t in targets] == [False, True, True, True]
+    expected = set_loss(*mixer_model("pool", "frozen").eval()(images), targets,
+                        LossConfig(eos_coef=0.3))
+    assert detection == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+    dataset = ShapesClassification("val", 4, 32)
+    logits = tiny_classifier("pool").eval()(torch.stack([dataset[i][0] for i in range(4)]))
+    logs = F.log_softmax(logits, 1)[torch.arange(4), torch.arange(4)]    # image i has class i
+    smooth = -0.9 * logs - 0.1 * F.log_softmax(logits, 1).mean(1)
+    wrong = (logits.argmax(1) != torch.arange(4)).float()
+    assert classification == pytest.approx(dict(loss=smooth.mean().item(),
+                                                class_error=100 * wrong.mean().item()), rel=1e-5)
+
+
+def test_validation_losses_are_the_same_at_1_2_and_3_ranks(ranks):
+    expected = validation_losses(2)                               # 2 batches: rank 2 of 3 has none
+    for saved in ranks[0].values():
+        assert saved["losses"] == expected
+
+
+def test_the_log_has_validation_losses_by_the_official_names(whole):
+    log, dataset = lines(whole / "log.txt"), ShapesDataset("val", 5, 32)
+    model = build_model(ModelConfig(**checkpoint(whole / "ckpt.pt")["model_config"])).eval()
+    model.load_state_dict(checkpoint(whole / "ckpt.pt")["model"])
+    images, _, targets = collate([dataset[i] for i in range(5)])
+    losses = {k: v.item() for k, v in set_loss(*model(images), targets).items()}
+    assert log[-1]["test_loss"] == pytest.approx(losses["loss"], rel=1e-4)
+    assert log[-1]["test_class_error"] == pytest.approx(losses["class_error"])
+    for name, weight in (("ce", 1), ("bbox", 5), ("giou", 2)):
+        for layer in ("", "_0"):                                  # the last and the first of two
+            value = losses[f"loss_{name}{layer}"]
+            assert log[-1][f"test_loss_{name}{layer}_unscaled"] == pytest.approx(value, rel=1e-4)
+            assert log[-1][f"test_loss_{name}{layer}"] == pytest.approx(weight * value, rel=1e-4)
+    of_train = {k[6:] for k in log[-1] if k.startswith("train_")} - {"lr", "grad_norm"}
+    assert of_train == {k[5:] for k in log[-1] if k.startswith("test_")} - {"coco_eval_bbox"}
+
+
+def one_query(boxes, scores=0.8, labels=0):
+    """Detections of one query in 40 images of 100 x 100 pixels."""
+    columns = np.broadcast_arrays(np.arange(40), labels, scores)
+    return torch.tensor(np.column_stack([*columns, np.broadcast_to(boxes, (40, 4))]))
+
+
+LEFT, RIGHT = [[0, 0, 40, 40]], [[60, 60, 40, 40]]
+THIRTY_TEN = np.array(30 * LEFT + 10 * RIGHT, float)
+JITTER = THIRTY_TEN[:1] + rng("jitter").uniform(0, 0.5, (40, 4))
+# true boxes, detections, whether the line is there
+CONSTANT_CASES = {
+    "constant": (THIRTY_TEN, one_query(LEFT[0]), True),
+    "nearly": (THIRTY_TEN, one_query(JITTER), True),
+    "elsewhere": (THIRTY_TEN, one_query([10, 60, 20, 20]), True),
+    "right": (THIRTY_TEN, one_query(THIRTY_TEN), False),
+    "by_score": (THIRTY_TEN, one_query(LEFT[0], [0.9] * 20 + [0.1] * 20), False),
+    "by_class": (THIRTY_TEN, one_query(LEFT[0], labels=[0] * 24 + [1] * 16), False),
+    "images_alike": (np.array(40 * LEFT, float), one_query(LEFT[0]), False),
+    "no_objects": (np.zeros((0, 4)), one_query(LEFT[0]), False),
+    "fewer_in_some_images": (THIRTY_TEN, one_query(LEFT[0])[:39], False)}
+
+
+@pytest.mark.parametrize("case", CONSTANT_CASES)
+def test_detections_that_are_the_same_in_all_images_are_told(case):
+    boxes, rows, told = CONSTANT_CASES[case]
+    dataset = ShapesDataset("val", 40, 100)
+    dataset.columns = lambda: dict(
+        image=np.arange(len(boxes)), category=np.zeros(len(boxes), int), box=boxes,
+        area=boxes[:, 2:].prod(1), crowd=np.zeros(len(boxes), bool))
+    note = report.note_on_constants({"rows": rows}, dataset)
+    assert (note is not None) == told
+    if told:       # a box finds 30 of 40 objects before any error: 76 of 101 recall thresholds
+        assert note.endswith("all 40 images are nearly the same; 1 well chosen constant box(es) "
+                             "reach AP 0.752, AP50 0.752")
+
+
+def test_constant_boxes_are_chosen_one_by_one_and_an_image_alone_is_no_constant():
+    boxes = np.array(3 * LEFT + 6 * RIGHT + [[0, 0, 40, 31]], float)
+    gt = dict(image=np.arange(10), category=np.zeros(10, int), box=boxes)
+    classes, scores, found, fit = report.constant_boxes(gt, np.full((10, 2), 100), 2)
+    assert classes.tolist() == [0, 0] and found.tolist() == [[0.6, 0.6, 0.4, 0.4],
+                                                             [0, 0, 0.4, 0.4]]
+    assert scores.tolist() == [60, 3 * 10 + 6]                    # 40 x 31 in 40 x 40: IoU 0.775
+    assert fit == pytest.approx(0.9775)
+    detector, dataset = mixer_model("pool"), ShapesDataset("val", 1, 32)
+    result = evaluate.evaluate(detector, DataLoader(dataset, collate_fn=collate), "cpu")
+    assert report.note_on_constants(result, dataset) is None
+
+
+def test_a_run_ends_with_its_best_epoch_and_what_to_do_next(monkeypatch, capsys):
+    options = *TINY, "--train_shapes", 40, "--log_every", 4, "--output_dir", "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(7, ctrl_c))
+        assert run(*options) == 130
+    said = capsys.readouterr().out
+    assert re.search(r"stopped; .*\nbest     epoch 1 of 2, AP 0.\d{3}, in my run/best.pt\n", said)
+    assert "--epochs 4" not in said
+    assert [r["step"] for r in lines("my run/steps.txt")][:3] == [3, 4, 5]   # of 5 in an epoch
+    assert run(*options) == 0
+    scores = [r["test_coco_eval_bbox"][0] for r in lines("my run/log.txt")]
+    best = scores.index(max(scores)) + 1
+    assert capsys.readouterr().out.endswith(
+        f"best     epoch {best} of 2, AP {max(scores):.3f}, in my run/best.pt\n"
+        f"         python evaluate.py 'my run/best.pt'\n"
+        f"         python predict.py 'my run/best.pt' PHOTO.jpg\n"
+        f"         python train.py --resume 'my run/ckpt.pt' --epochs 4\n")
+
+
+def test_the_estimate_of_the_time_left_leaves_out_the_first_step(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(time=lambda: clock[0]))
+    interval = report.Interval()
+    for seconds, expected in ((60, 600), (2, 20), (4, 30)):       # for ten more steps
+        clock[0] += seconds
+        interval.add({})
+        assert interval.seconds_for(10) == expected
+
+
+def test_a_long_evaluation_tells_how_far_it_is(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(time=lambda: clock[0]))
+    for _ in evaluate.with_progress(range(20)):
+        clock[0] += 5
+    told = capsys.readouterr()
+    assert told.out == "" and re.findall(r"batch (\d+) of 20, (\d+) s left", told.err) == [
+        ("6", "58"), ("10", "45"), ("18", "9")]                   # after 25, 45 and 85 s
+
+
+def edges(box, image, inset=0):
+    """The colours in the middles of the four sides of a box x, y, x2, y2, the last outside."""
+    x1, y1, x2, y2 = box[0] + inset, box[1] + inset, box[2] - 1 - inset, box[3] - 1 - inset
+    x, y = (x1 + x2) // 2, (y1 + y2) // 2
+    return {image.getpixel(p) for p in ((x1, y), (x2, y), (x, y1), (x, y2))}
+
+
+def test_predictions_are_green_where_right_and_red_where_wrong_beside_the_thin_truth():
+    truth = [[[20, 40, 120, 140], [200, 200, 300, 300]], [[50, 50, 90, 90]]]
+    dataset = ShapesDataset("val", 2, 316)                        # the sheet scales by 1
+    dataset.read = lambda i: Image.new("RGB", (316, 316), "#808000")
+    dataset.objects = lambda i: (np.float32(truth[i]), np.zeros(len(truth[i]), int))
+    rows = torch.tensor([[0, 0, 0.9, 30, 40, 100, 100],           # IoU 9 / 11
+                         [0, 0, 0.8, 20, 60, 100, 100],           # of the same object
+                         [0, 1, 0.8, 202, 190, 100, 100],         # of another class
+                         [0, 0, 0.75, 200, 250, 100, 50],         # IoU 1/2
+                         [0, 0, 0.5, 0, 0, 9, 9], [1, 2, 0.625, 50, 50, 40, 40]]).double()
+    sheet = report.draw_detections({"rows": rows}, dataset)
+    first, second = (sheet.crop((2 + 320 * k, 2, 318 + 320 * k, 318)) for k in (0, 1))
+    green, red, white = (0, 154, 32), (208, 0, 0), (255, 255, 255)
+    ground = 128, 128, 0
+    for box, color in (((30, 40, 130, 140), green), ((20, 60, 120, 160), red),
+                       ((202, 190, 302, 290), red), ((200, 250, 300, 300), green)):
+        assert color in edges(box, first) and color in edges(box, first, inset=1)
+    assert edges(truth[1][0], second) == {white} and edges(truth[1][0], second, 1) == {ground}
+    assert edges(truth[1][0], second, -1) == {(0, 0, 0)}
+    assert edges((0, 0, 316, 316), second) >= {(96, 96, 96)}      # "none over 0.7; best: ..."
+    assert first.getpixel((4, 4)) == ground == second.getpixel((4, 200))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (60, 200), (20, 12)])
+def test_labels_lie_whole_in_the_image(size):
+    w, h = size
+    sizes = []
+    for x, y in itertools.product((-50, 0, w // 2, w - 1, w + 50), (-50, 0, h // 2, h, h + 50)):
+        image = draw_boxes(Image.new("RGB", size, "#808000"), [[x, y, x, y]], ["rectangle"], [0.5])
+        label = (np.array(image) != (128, 128, 0)).any(2)         # the box is a pixel at most
+        sizes.append((label.any(0).sum(), label.any(1).sum()))
+    width, height = np.array(sizes).T
+    assert width.max() - width.min() <= 1 and height.max() - height.min() <= 1   # in any place
+    assert width.max() > min(60, 0.9 * w)
+
+
+def test_a_classifiers_pictures_are_framed_green_or_red():
+    dataset = ShapesClassification("val", 2, 316)                 # a rectangle, an ellipse
+    rows = torch.tensor([[0, 0, 0.9, 0, 0], [1, 0, 0.6, 1, 1]])
+    sheet = report.draw_classes({"rows": rows}, dataset)
+    assert sheet.getpixel((3, 160)) == (0, 154, 32) and sheet.getpixel((323, 160)) == (208, 0, 0)
+
+
+def write_log(path, records):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_curves_of_runs_are_grouped_by_arm():
+    plot = pytest.importorskip("plot")
+    paths = ["a/pool_s1", "a/pool_s2/log.txt", "mlp-seed10", "mlp-seed11", "poolformer_s12",
+             "x/run", "y/run", "detr.txt", "r50_log.txt.gz"]
+    assert plot.group(paths) == {
+        "pool": paths[:2], "mlp": paths[2:4], "poolformer_s12": paths[4:5], "x/run": ["x/run"],
+        "y/run": ["y/run"], "detr": ["detr.txt"], "r50_log": ["r50_log.txt.gz"]}
+    runs = [[dict(x=1, a=2.0), dict(x=2, a=5.0), dict(x=3, a=9.0)],
+            [dict(x=1, a=4.0), dict(x=2, b=0.0), dict(x=3, a=1.0), dict(x=4, a=7.0)]]
+    x, *curves = plot.mean_and_range(runs, "a")                   # where both have it
+    assert x == [1, 3] and [c.tolist() for c in curves] == [[3, 5], [2, 1], [4, 9]]
+    assert plot.mean_and_range(runs, "c")[0] == []
+
+
+def test_curves_of_runs_and_of_the_published_log_are_drawn():
+    plot = pytest.importorskip("plot")
+    published = [dict(train_loss=20.0 - k, train_loss_bbox=1.0, train_loss_bbox_unscaled=0.2,
+                      test_coco_eval_bbox=[k / 10, k / 5] * 6) for k in range(3)]
+    write_log("detr.txt", published)                              # no "epoch"
+    with gzip.open("r50.txt.gz", "wt") as file:
+        file.write(Path("detr.txt").read_text())
+    write_log("pool/log.txt", [dict(epoch=4, train_loss=1.0, train_class_error=60.0,
+                                    test_loss=2.0, test_acc1=50.0, test_acc5=75.0)])
+    write_log("pool/steps.txt", [dict(epoch=e, step=s, loss=1.0, class_error=2.0, grad_norm=3.0)
+                                 for e in (0, 1) for s in (30, 40)])
+    for path in ("detr.txt", "r50.txt.gz"):
+        last = plot.read_log(path)[-1]
+        assert [last[k] for k in ("x", "test_AP", "test_AP50", "train_loss_bbox")] == [
+            3, 0.2, 0.4, 0.2]                                     # unweighted
+    [record] = plot.read_log("pool")
+    assert [record[k] for k in ("x", "test_top1", "test_top5", "train_top1")] == [5, 50, 75, 40]
+    assert [r["x"] for r in plot.read_log("pool", "steps.txt")] == [0.75, 1, 1.75, 2]
+    for options, height in ((["detr.txt", "r50.txt.gz", "pool"], 3), (["pool", "--steps"], 1),
+                            (["detr.txt", "--epochs", "1"], 2)):
+        plot.main([*options, "--out", "both.png"])
+        assert Image.open("both.png").height == height * 480      # rows for each kind
+    write_log("odd.txt", [{"loss": 1}])
+    refused("odd.txt, line 1 is no line of a log.txt", plot.main, ["odd.txt"])
+    refused("odd.txt, line 1 is no line of a steps.txt", plot.main, ["odd.txt", "--steps"])
 
 
 # -- bench.py, and what makes it fast ------------------------------------------------------------

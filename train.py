@@ -38,7 +38,8 @@ from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_config
 from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
-                    epoch_record, explain, hint, hms, ignore_signals, say)
+                    epoch_record, explain, hint, ignore_signals, say, say_best,
+                    share_in_class_losses, share_in_detection_losses)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -147,10 +148,11 @@ def detection_losses(run, images, valid, targets, normalizers, global_step):
 
 
 # the functions in which detectors and classifiers differ; a run chooses once, in start_run
-Task = namedtuple("Task", "losses evaluate report draw")
-DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
-CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
-                      draw_classes)
+Task = namedtuple("Task", "losses evaluate validation_losses report draw")
+DETECTION = Task(detection_losses, evaluate, share_in_detection_losses, detection_report,
+                 draw_detections)
+CLASSIFICATION = Task(classification_losses, evaluate_classifier, share_in_class_losses,
+                      classification_report, draw_classes)
 
 
 @dataclass
@@ -199,14 +201,13 @@ def finish_epoch(run, interval):
     is_best = False
     if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
         run.interrupt["safe"] = True                                # a signal may end it at once
-        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype)
+        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
+                                   run.task.validation_losses(run))
         run.interrupt["safe"] = False
-        score, line, entries = run.task.report(result)
+        score, entries = run.task.report(run, result, interval.elapsed())    # prints the line
         is_best = score > run.best_score
         run.best_score = max(score, run.best_score)
         record.update(entries)
-        say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
-                 f"images, {hms(interval.elapsed())} since the start")
         if run.rank == 0:
             with writing(f"{out}/predictions.jpg"):
                 run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
@@ -240,8 +241,7 @@ def forward_backward(run, micro_batches, normalizers, global_step):
             losses["loss"].backward()
 
         for name, value in losses.items():
-            share = 1 if name.startswith("loss") else 1 / len(micro_batches)     # errors are means
-            totals[name] = totals.get(name, 0) + share * value.detach()
+            totals[name] = totals.get(name, 0) + value.detach()
     return totals
 
 
@@ -300,7 +300,7 @@ def train(run):
             interval.add(losses)
 
             # the only place, besides the matching, where the host waits for the device
-            if interval.steps == cfg.log_every or run.step == sampler.steps or stopping or saving:
+            if interval.is_due(run) or stopping or saving:
                 interval.close(run)                                 # checks, prints, steps.txt
             if saving and not stopping and run.step < sampler.steps:
                 save_run(run, keep_previous=True)
@@ -309,8 +309,10 @@ def train(run):
         # a signal may have come since agree()
         if sum_over_processes(torch.tensor(run.interrupt["stop"])) > 0:
             say(run, f"stopped; the same command continues from {cfg.output_dir}/ckpt.pt")
+            say_best(run)
             return run.interrupt["code"]
         finish_epoch(run, interval)
+    say_best(run)
     return 0
 
 
