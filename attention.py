@@ -185,9 +185,10 @@ def draw_tile(image, weights, caption, box=None, point=None):
     draw = ImageDraw.Draw(tile)
     if box is not None:
         x1, y1, x2, y2 = (float(v) * scale for v in box)
-        draw.rectangle([x1, 20 + y1, max(x1, x2 - 1), 20 + max(y1, y2 - 1)], outline="white", width=2)
+        corners = [x1, y1 + 20, max(x1, x2 - 1), max(y1, y2 - 1) + 20]
+        draw.rectangle(corners, outline="white", width=2)
     if point is not None:
-        x, y = point[0] * scale, 20 + point[1] * scale
+        x, y = point[0] * scale, point[1] * scale + 20
         draw.ellipse([x - 5, y - 5, x + 5, y + 5], "lime", "black")
     draw.rectangle([0, 0, w, 19], "white")         # over a box that begins above the image
     draw.text((1, 2), caption, "black", ImageFont.load_default(14))

@@ -4,7 +4,8 @@
     python predict.py detr-r50-e632da11.pth photo.jpg --threshold 0.9 --top 10 --attention
     python predict.py poolformer_s12.pth.tar photo.jpg --model poolformer_s12
 
-A classifier's picture is what it got of the photo, beside its Grad-CAM of the best class.
+--attention draws what attention.py computes. A classifier's picture is the part of the photo that
+it gets, beside the Grad-CAM of the best class.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def load_detector(path, device="cpu", **options):
 def describe_objects(detector, image, path, args):
     """Of one photo: a text, what the JSON says, and pictures by kind."""
     found = detector(image, path)
-    names, scores, boxes, ids = found["names"], found["scores"], found["boxes"], detector.info[
-        "category_ids"]
+    names, scores, boxes = found["names"], found["scores"], found["boxes"]
+    ids = detector.info["category_ids"]
     rows = [{"class": name, "category_id": ids[int(k)], "score": round(float(score), 4),
              "box_xyxy": [round(float(v), 2) for v in box]}
             for name, k, score, box in zip(names, found["labels"], scores, boxes)]
@@ -161,13 +162,13 @@ def parse_args(argv):
     parser.add_argument("--top", type=int, default=0,
                         help="at most so many detections per image, or classes; default 100, or 5")
     parser.add_argument("--attention", action="store_true",
-                        help="also draw where the query of each detection reads the image, and what"
-                             " the encoder's token in its middle sees")
-    parser.add_argument("--heads", action="store_true", help="--attention of every head, too")
+                        help="also draw, for the 16 best detections, where the query reads the "
+                             "image and what the encoder's token in the middle of the box sees")
+    parser.add_argument("--heads", action="store_true", help="--attention, of every head too")
     parser.add_argument("--points", type=point, nargs="+", metavar="X,Y",
-                        help="--attention: pixels of the encoder's tokens, instead of the middles")
+                        help="--attention, with the encoder's tokens at these pixels of the image")
     parser.add_argument("--field", action="store_true",
-                        help="--attention: effective field, though the encoder's mixer is attention")
+                        help="--attention, with effective fields where the encoder has attention")
     parser.add_argument("--image_size", type=int, default=0, help="shorter side; 0: as in training")
     parser.add_argument("--max_size", type=int, default=0, help="longest side; 0: as in training")
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")

@@ -3676,8 +3676,8 @@ def test_attention_is_drawn_where_a_hand_made_model_looks(monkeypatch):
     for mixer in (model.transformer.encoder.layers[0].self_attn,
                   model.transformer.decoder.layers[0].multihead_attn):
         with torch.no_grad():
-            mixer.in_proj_bias[0] = 1                                # all queries of head 1 look for
-            mixer.in_proj_weight[8, 0] = 1                           # keys with red, head 2 anywhere
+            mixer.in_proj_bias[0] = 1              # head 1 of every query looks for red keys,
+            mixer.in_proj_weight[8, 0] = 1         # head 2 for nothing
     found = torch.zeros(4, 6)
     found[1, 3] = 1
     for weights in (cross_attention(model, pixels, [4]), self_attention(model, pixels, [(0, 0)])):
@@ -3744,22 +3744,18 @@ def test_maps_of_tokens_are_drawn_where_the_tokens_are():
     assert tile.size == (320, 213 + 20)
 
 
-def test_predict_draws_attention_and_finds_what_the_python_detector_finds():
-    torch.manual_seed(0)
-    for name, options in (("attention", {}), ("pool", dict(mixer="pool"))):
-        model = build_model("detr_r18", num_classes=91, enc_layers=1, dec_layers=1, **options)
-        torch.save({"model": model.state_dict()}, f"{name}.pth")
+def test_predict_draws_attention_and_finds_what_the_python_detector_finds(whole):
     Image.effect_noise((60, 40), 90).convert("RGB").save("a.png")
-    given = "--threshold 0 --top 3 --image_size 64 --device cpu".split()
-    for options, tiles in (("--attention", (4, 2)), ("--heads", (9, 6)), ("--field", (4, 2)),
-                           ("--points 0,0 59.5,39", (4, 2)), ("--heads --points 9,9", (9, 4))):
-        predict.main(["attention.pth", "a.png", *given, *options.split()])
+    given = [str(whole / "ckpt.pt"), "a.png", *"--threshold 0 --top 3 --device cpu".split()]
+    for options, tiles in (("--attention", (4, 2)), ("--heads", (5, 6)), ("--field", (4, 2)),
+                           ("--points 0,0 59.5,39", (4, 2)), ("--heads --points 9,9", (5, 4))):
+        predict.main([*given, *options.split()])
         picture = Image.open("predictions/a_attention.jpg")
         assert picture.size == (tiles[0] * 324, tiles[1] * 237), options
     [photo] = json.load(open("predictions/predictions.json"))
     assert photo["drawn"] == "a_detections.jpg" and photo["width"] == 60
 
-    detector = predict.load_detector("attention.pth", threshold=0, top=3, image_size=64)
+    detector = predict.load_detector(given[0], threshold=0, top=3)
     image = Image.open("a.png")
     for found in (detector("a.png"), detector(image)):
         assert found["names"] == [d["class"] for d in photo["detections"]]
@@ -3768,10 +3764,8 @@ def test_predict_draws_attention_and_finds_what_the_python_detector_finds():
         boxes = detector.model(detector.pixels(image))[1][-1, 0]
         expected = cxcywh_to_xyxy(boxes[found["queries"]]) * torch.tensor([60, 40, 60, 40])
         assert_close(torch.tensor(found["boxes"]), expected.detach())
-    assert detector.pixels(image).shape == (1, 3, 64, 96)
-    refused("60,39 is not in a.png, which is 60 x 40", predict.main,
-            ["attention.pth", "a.png", *given, "--points", "60,39"])
-    refused("2", predict.main, ["attention.pth", "a.png", "--points", "60"], error=SystemExit)
+    refused("60,39 is not in a.png, which is 60 x 40", predict.main, [*given, "--points", "60,39"])
+    refused("2", predict.main, [*given, "--points", "60"], error=SystemExit)
 
 
 def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypatch):
@@ -3782,7 +3776,8 @@ def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypa
     torch.save(model.state_dict(), "official.pth")
     image = Image.effect_noise((90, 70), 90).convert("RGB")
     image.save("a.png")
-    predict.main("official.pth a.png --model metaformer_tiny --device cpu".split())
+    given = "official.pth a.png --model metaformer_tiny --device cpu".split()
+    predict.main(given)
     [photo] = json.load(open("predictions/predictions.json"))
     pixels = torch.tensor(np.array(center_crop(image, 224, 0.8))).permute(2, 0, 1)[None]
     shares, labels = model(pixels)[0].softmax(0).topk(5)
@@ -3793,7 +3788,7 @@ def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypa
     assert Image.open("predictions/a_classes.jpg").size == (2 * 324, 344)
     for flag in ("--attention", "--threshold 0.5", "--max_size 9"):
         refused(f"{flag.split()[0]} is for detectors, official.pth holds a classifier",
-                predict.main, ["official.pth", "a.png", "--model", "metaformer_tiny", *flag.split()])
+                predict.main, [*given, *flag.split()])
 
 
 # -- bench.py, and what makes it fast ------------------------------------------------------------
