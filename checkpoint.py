@@ -78,8 +78,7 @@ def official_fields(path, state, dilation):
     weights = state.get("model", state) if isinstance(state, dict) else {}
     if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
-                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
-                        f"NAME)")
+                        f"released DETR file, or a classifier's with --model NAME")
 
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})

@@ -82,6 +82,7 @@ import checkpoint as checkpoint_py
 import evaluate
 import train
 import predict
+import attention as attention_py
 import bench
 import stress
 from mixers import MIXERS, AttentionMixer, MixerConfig
@@ -3628,7 +3629,7 @@ def test_the_weights_that_are_drawn_are_those_that_the_network_used(monkeypatch,
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     stride = model.backbone[0].body.stride
     H, W = -(-70 // stride), -(-91 // stride)
-    at, token = (2 * stride / 91, stride / 70), W + 2                # row 1, column 2
+    at, token = (2.4 * stride / 91, 0.6 * stride / 70), W + 2        # nearest: row 1, column 2
     for layer in (0, 1):
         own = self_attention(model, pixels, [at, (1, 1), (0, 0)], layer)         # (3, nh, H, W)
         cross = cross_attention(model, pixels, [5, 0], layer)                    # (2, nh, H, W)
@@ -3742,6 +3743,19 @@ def test_maps_of_tokens_are_drawn_where_the_tokens_are():
     heat_map(Image.new("RGB", (30, 20)), torch.zeros(20, 30))        # nothing: no division by 0
     tile = draw_tile(Image.new("RGB", (30, 20)), None, "dog", box=(-5, 3, 40, 9), point=(2, 2))
     assert tile.size == (320, 213 + 20)
+
+
+@pytest.mark.parametrize("name, middle", [("vit_ti", (23.5, 39.5)), ("poolformer_s12", (33, 65))])
+def test_grad_cam_is_drawn_over_what_a_token_sees(monkeypatch, name, middle):
+    with torch.device("meta"):
+        model = build_model(name)
+    cam = torch.zeros(3, 4)
+    cam[1, 2] = 1                                  # see the kernels and paddings of the networks
+    monkeypatch.setattr(attention_py, "grad_cam", lambda model, pixels, label: cam)
+    image = Image.new("RGB", (160, 160))
+    sheet = attention_py.cam_sheet(model, torch.zeros(1, 3, 160, 160), image, 0, "cat")
+    drawn = np.asarray(sheet.crop((326, 22, 646, 342)).resize((160, 160))).sum(2)
+    assert abs(np.argwhere(drawn > drawn.max() - 9).mean(0) - middle).max() < 1
 
 
 def test_predict_draws_attention_and_finds_what_the_python_detector_finds(whole):
