@@ -81,8 +81,7 @@ def official_fields(path, state, dilation):
             "transformer.decoder.layers.0.linear1.weight": 2}
     if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
-                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
-                        f"NAME)")
+                        f"released DETR file, or a classifier's with --model NAME")
 
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})

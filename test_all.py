@@ -32,6 +32,7 @@ config.py                   options                     -k "option or flag"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
 report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
 classification.py           training and evaluation     -k "classifier or class_folders"
+predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
 bench.py                    and what makes it fast      -k "bench or lever"
 """
 
@@ -57,7 +58,7 @@ import time
 import urllib.error
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -79,11 +80,13 @@ from torch.utils.data import DataLoader
 import coco_eval as coco_eval_py
 import check_data
 import data
+import model as model_py
 import checkpoint as checkpoint_py
 import evaluate
 import train
 import predict
 import report
+import attention as attention_py
 import bench
 import stress
 from mixers import MIXERS, AttentionMixer, MixerConfig
@@ -100,6 +103,8 @@ from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSa
                   box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, iou_and_giou,
                   plan_training, sort_by_shape, xyxy_to_cxcywh)
 from checkpoint import load_backbone, load_weights, rename_official_keys
+from attention import (attention_weights, cross_attention, draw_tile, effective_field, grad_cam,
+                       heat_map, self_attention, spread)
 from model import (MODELS, Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition,
                    build_model)
 from matcher import match
@@ -3482,7 +3487,10 @@ def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsy
                                                             log[-1]["test_acc5"]]
     assert f"top-1 {numbers['top1']:.4f}" in capsys.readouterr().out
     assert [row["images"] for row in numbers["per_class"]] == 6 * [2]
-    refused("holds a classifier, which detects nothing", predict.main, ["out/ckpt.pt", "out"])
+    dataset.read(4).save("a.png")
+    predict.main(["out/best.pt", "a.png", "--device", "cpu"])
+    [photo] = json.load(open("predictions/predictions.json"))
+    assert [c["class"] for c in photo["classes"]] == [dataset.classes[k] for k in best[4]]
     for wrong in ("--save_json x", "--val_json x --val_images y", "--max_size 64"):
         refused(f"{wrong.split()[0]}.*classifier", evaluate_py, "out/ckpt.pt", *wrong.split())
 
@@ -3895,6 +3903,216 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
     write_log("odd.txt", [{"loss": 1}])
     refused("odd.txt, line 1 is no line of a log.txt", plot.main, ["odd.txt"])
     refused("odd.txt, line 1 is no line of a steps.txt", plot.main, ["odd.txt", "--steps"])
+    for out in ("gone/x.png", "x.odd"):
+        refused(f"--out {out} should", plot.main, ["pool", "--out", out])
+# -- predict.py and attention.py: what a network looks at ----------------------------------------
+
+def test_attention_weights_are_torchs():
+    torch.manual_seed(0)
+    (q, k), valid = torch.randn(2, 2, 12, 16), ragged(2, 12)
+    for bias in (True, False):
+        official = nn.MultiheadAttention(16, 4, bias=bias, batch_first=True)
+        ours = AttentionMixer(mixer_config(qkv_bias=bias, out_bias=bias))
+        if bias:
+            nn.init.normal_(official.in_proj_bias)
+        ours.load_state_dict(official.state_dict())
+        for given, padding in ((None, None), (valid, ~valid)):
+            _, expected = official(q[:, :5], k, k, padding, average_attn_weights=False)
+            weights = attention_weights(ours, q[:, :5], k, given)                # (B, nh, M, N)
+            assert_close(weights, expected)
+            assert_close(weights.sum(3), torch.ones(2, 4, 5))
+        assert not weights[1, :, :, 9:].any()                        # the second image's padding
+
+
+@pytest.mark.parametrize("options", [
+    dict(pre_norm=True), dict(pre_norm=False, position_embedding="learned"),
+    dict(backbone="resnet50", dilation=True, decoder_mixer="pool")], ids=["pre", "post", "dc5"])
+def test_the_weights_that_are_drawn_are_those_that_the_network_used(monkeypatch, options):
+    torch.manual_seed(0)
+    model = build_model("detr_tiny", **{**SMALL, "enc_layers": 2}, num_queries=7, **options).eval()
+    pixels, used = torch.randint(256, (1, 3, 70, 91), dtype=torch.uint8), []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, k, v, *rest):
+        used.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)[0])   # (nh, M, N)
+        return attention(q, k, v, *rest)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    stride = model.backbone[0].body.stride
+    H, W = -(-70 // stride), -(-91 // stride)
+    at, token = (2.4 * stride / 91, 0.6 * stride / 70), W + 2        # nearest: row 1, column 2
+    for layer in (0, 1):
+        own = self_attention(model, pixels, [at, (1, 1), (0, 0)], layer)         # (3, nh, H, W)
+        cross = cross_attention(model, pixels, [5, 0], layer)                    # (2, nh, H, W)
+        calls = len(used) // 2
+        expected = used[layer][:, [token, H * W - 1, 0]].transpose(0, 1)
+        assert_close(own, expected.reshape(3, 4, H, W))
+        last = used[2 + layer if calls == 4 else 3 + 2 * layer]      # the pool mixer uses none
+        assert_close(cross, last[:, [5, 0]].transpose(0, 1).reshape(2, 4, H, W))
+        assert_close(own.sum((2, 3)), torch.ones(3, 4))
+        assert_close(cross.sum((2, 3)), torch.ones(2, 4))
+        used.clear()
+    left = [m for m in model.modules() if "attend" in vars(m) or m._forward_hooks]
+    assert not left                                                  # all is as it was before
+
+
+class Patches(nn.Module):
+    """A backbone whose tokens are the mean colours of 8 x 8 pixels."""
+    stride, num_channels = 8, 3
+
+    def __init__(self, cfg):
+        super().__init__()
+
+    def forward(self, x, valid):
+        return F.avg_pool2d(x, 8), valid
+
+
+def patches_detr(monkeypatch, color, gain=1.0, **options):
+    """A DETR of Patches, whose channel 0 is one colour of the image times gain; without norms."""
+    monkeypatch.setitem(model_py.BACKBONES, "patches", Patches)
+    options = {**SMALL, "hidden_dim": 8, "nheads": 2, "dec_layers": 1, **options}
+    model = build_model("detr_tiny", backbone="patches", pre_norm=False, **options).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.input_proj.weight[0, color] = gain
+    for layer in model.transformer.encoder.layers:
+        layer.norm1, layer.norm2 = nn.Identity(), nn.Identity()
+    return model
+
+
+def test_attention_is_drawn_where_a_hand_made_model_looks(monkeypatch):
+    model = patches_detr(monkeypatch, color=0, gain=100.0, mixer="attention")
+    pixels = torch.zeros(1, 3, 32, 48)
+    pixels[0, 0, 8:16, 24:32] = 255                                  # red: row 1, column 3 of 4 x 6
+    for mixer in (model.transformer.encoder.layers[0].self_attn,
+                  model.transformer.decoder.layers[0].multihead_attn):
+        with torch.no_grad():
+            mixer.in_proj_bias[0] = 1              # head 1 of every query looks for red keys,
+            mixer.in_proj_weight[8, 0] = 1         # head 2 for nothing
+    found = torch.zeros(4, 6)
+    found[1, 3] = 1
+    for weights in (cross_attention(model, pixels, [4]), self_attention(model, pixels, [(0, 0)])):
+        assert_close(weights, torch.stack([found, torch.full((4, 6), 1 / 24)])[None])
+
+
+@pytest.mark.parametrize("mixer", ["identity", "pool", "conv"])
+def test_the_effective_field_of_linear_mixers_by_hand(monkeypatch, mixer):
+    model = patches_detr(monkeypatch, color=1, mixer=mixer)
+    kernel = torch.zeros(3, 3)
+    kernel[1, 1] = 1                                                 # the mixer, on a 3 x 3 window
+    if mixer == "pool":
+        kernel = torch.full((3, 3), 1 / 9) - kernel
+    if mixer == "conv":
+        kernel = torch.tensor([[1.0, 2, 3], [4, 5, 6], [-7, -8, -9]])
+        model.transformer.encoder.layers[0].self_attn.conv.weight.data[0, 0] = kernel
+    expected = torch.zeros(4, 6)
+    expected[:3, 1:4] = kernel                                       # around row 1, column 2
+    expected[1, 2] += 1                                              # the residual
+    expected = expected.abs().repeat_interleave(8, 0).repeat_interleave(8, 1)
+    pixels = torch.randint(256, (1, 3, 32, 48), dtype=torch.uint8)
+    fields = effective_field(model, pixels, [(0.9, 0.9), (2 * 8 / 48, 8 / 32)])
+    assert_close(fields[1], expected / 64 / PIXEL_STD[1])            # the mean of 64 green values
+    assert not torch.equal(*fields)
+
+
+@pytest.mark.parametrize("mixer", ["identity", "attention"])
+def test_grad_cam_of_two_layers_by_hand(mixer):
+    torch.manual_seed(0)
+    cfg = MetaFormerConfig(family="isotropic", depths="1", widths="4", mixers=mixer, norm="none",
+                           channel_mlp=False, layer_scale=0, num_classes=3, image_size=64,
+                           positions=mixer == "attention", head_size=4)
+    model, pixels = build_model(cfg).eval(), torch.rand(1, 3, 48, 64) * 255
+    for p in model.parameters():
+        nn.init.normal_(p)
+    conv, head = model.downsample_layers[0].conv, model.head.weight[2]           # (4,)
+    x = conv(model.normalise(pixels, None)).flatten(2)[0].t().detach()           # (12, C) patches
+    if mixer == "identity":                        # the block doubles, the head takes the mean
+        expected = (2 * x) @ (head / 12)
+    else:                                          # what the class token reads: by torch
+        attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        attention.load_state_dict(model.stages[0][0].token_mixer.state_dict())
+        pos = model.pos_embed[0, 1:].unflatten(0, (4, 4))[:3].flatten(0, 1)
+        first = model.cls_token[0] + model.pos_embed[0, :1]
+        x = torch.cat([first, x + pos])[None].detach().requires_grad_()
+        logit = (x + attention(x, x, x)[0])[0, 0] @ head
+        grad, = torch.autograd.grad(logit, x)
+        expected = (x[0, 1:] @ grad[0, 1:].mean(0)).detach()
+    assert (expected > 0).any() and (expected < 0).any()
+    assert_close(grad_cam(model, pixels, 2), expected.clamp(min=0).view(3, 4), rtol=1e-4, atol=1e-3)
+
+
+def test_maps_of_tokens_are_drawn_where_the_tokens_are():
+    assert_close(spread(torch.tensor([[0.0, 1, 0]]), (2, 12), 4),
+                 torch.tensor([[0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]] * 2))
+    assert_close(spread(torch.tensor([[3.0], [5]]), (4, 1), 2, 0.5),
+                 torch.tensor([[3.0], [3.5], [4.5], [5]]))
+    weights = torch.zeros(20, 30)
+    weights[5, 20] = 0.01                          # the largest, however small
+    drawn = np.asarray(heat_map(Image.new("RGB", (30, 20), (99, 99, 99)), weights)).sum(2)
+    assert np.unravel_index(drawn.argmax(), drawn.shape) == (5, 20)
+    heat_map(Image.new("RGB", (30, 20)), torch.zeros(20, 30))        # nothing: no division by 0
+    tile = draw_tile(Image.new("RGB", (30, 20)), None, "dog", box=(-5, 3, 40, 9), point=(2, 2))
+    assert tile.size == (320, 213 + 20)
+
+
+@pytest.mark.parametrize("name, middle", [("vit_ti", (23.5, 39.5)), ("poolformer_s12", (33, 65))])
+def test_grad_cam_is_drawn_over_what_a_token_sees(monkeypatch, name, middle):
+    with torch.device("meta"):
+        model = build_model(name)
+    cam = torch.zeros(3, 4)
+    cam[1, 2] = 1                                  # see the kernels and paddings of the networks
+    monkeypatch.setattr(attention_py, "grad_cam", lambda model, pixels, label: cam)
+    image = Image.new("RGB", (160, 160))
+    sheet = attention_py.cam_sheet(model, torch.zeros(1, 3, 160, 160), image, 0, "cat")
+    drawn = np.asarray(sheet.crop((326, 22, 646, 342)).resize((160, 160))).sum(2)
+    assert abs(np.argwhere(drawn > drawn.max() - 9).mean(0) - middle).max() < 1
+
+
+def test_predict_draws_attention_and_finds_what_the_python_detector_finds(whole):
+    Image.effect_noise((60, 40), 90).convert("RGB").save("a.png")
+    given = [str(whole / "ckpt.pt"), "a.png", *"--threshold 0 --top 3 --device cpu".split()]
+    for options, tiles in (("--attention", (4, 2)), ("--heads", (5, 6)), ("--field", (4, 2)),
+                           ("--points 0,0 59.5,39", (4, 2)), ("--heads --points 9,9", (5, 4))):
+        predict.main([*given, *options.split()])
+        picture = Image.open("predictions/a_attention.jpg")
+        assert picture.size == (tiles[0] * 324, tiles[1] * 237), options
+    [photo] = json.load(open("predictions/predictions.json"))
+    assert photo["drawn"] == "a_detections.jpg" and photo["width"] == 60
+
+    detector = predict.load_detector(given[0], threshold=0, top=3)
+    image = Image.open("a.png")
+    for found in (detector("a.png"), detector(image)):
+        assert found["names"] == [d["class"] for d in photo["detections"]]
+        assert np.allclose(found["scores"], [d["score"] for d in photo["detections"]], atol=1e-4)
+        assert np.allclose(found["boxes"], [d["box_xyxy"] for d in photo["detections"]], atol=0.01)
+        boxes = detector.model(detector.pixels(image))[1][-1, 0]
+        expected = cxcywh_to_xyxy(boxes[found["queries"]]) * torch.tensor([60, 40, 60, 40])
+        assert_close(torch.tensor(found["boxes"]), expected.detach())
+    refused("60,39 is not in a.png, which is 60 x 40", predict.main, [*given, "--points", "60,39"])
+    refused("2", predict.main, [*given, "--points", "60"], error=SystemExit)
+
+
+def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypatch):
+    torch.manual_seed(0)
+    cropped = replace(MODELS["metaformer_tiny"], crop_fraction=0.8)
+    monkeypatch.setitem(MODELS, "metaformer_tiny", cropped)
+    model = build_model("metaformer_tiny").eval()
+    torch.save(model.state_dict(), "official.pth")
+    image = Image.effect_noise((90, 70), 90).convert("RGB")
+    image.save("a.png")
+    given = "official.pth a.png --model metaformer_tiny --device cpu".split()
+    predict.main(given)
+    [photo] = json.load(open("predictions/predictions.json"))
+    pixels = torch.tensor(np.array(center_crop(image, 224, 0.8))).permute(2, 0, 1)[None]
+    shares, labels = model(pixels)[0].softmax(0).topk(5)
+    assert [c["label"] for c in photo["classes"]] == labels.tolist()
+    assert [c["class"] for c in photo["classes"]] == [f"class {k}" for k in labels]
+    assert np.allclose([c["probability"] for c in photo["classes"]], shares.detach(), atol=1e-4)
+    assert f"a.png: class {labels[0]} {shares[0]:.2f}, " in capsys.readouterr().out
+    assert Image.open("predictions/a_classes.jpg").size == (2 * 324, 344)
+    for flag in ("--attention", "--threshold 0.5", "--max_size 9"):
+        refused(f"{flag.split()[0]} is for detectors, official.pth holds a classifier",
+                predict.main, [*given, *flag.split()])
 
 
 # -- bench.py, and what makes it fast ------------------------------------------------------------
