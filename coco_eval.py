@@ -897,7 +897,7 @@ def main(argv=None):
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
     more, texts = {}, []
     if args.errors:
-        more, texts = diagnose.examine(result, args.errors, args.threshold)
+        more, texts = diagnose.probe(result, args.errors, args.threshold)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({**result_json(result), **more}, file)

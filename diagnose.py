@@ -1,4 +1,4 @@
-"""What a detector does and where it errs: kinds of errors, F1, confusions, layers, query slots.
+"""Where a detector errs, and the work of its layers and queries: tables and pictures.
 
     python evaluate.py out/ckpt.pt --errors confusion.png --threshold 0.5
     python evaluate.py out/ckpt.pt --layers --queries queries.png --json numbers.json
@@ -65,22 +65,20 @@ def error_kinds(gt, dt):
     d, g, iou = find_pairs(objects, dict(take(dt, wrong), cell=dt["image"][wrong]), BACKGROUND_IOU)
     d, g = wrong[d], objects["row"][g]
 
-    # the highest IoU of each detection, and the object: pairs are sorted by detection, falling IoU
-    own, best, aim = gt["category"][g] == dt["category"][d], [], []
-    for chosen in (own, ~own):
-        rows, first = np.unique(d[chosen], return_index=True)
-        best.append(np.zeros(D))
-        aim.append(np.full(D, -1))
-        best[-1][rows], aim[-1][rows] = iou[chosen][first], g[chosen][first]
+    def best_pair(chosen):
+        """The highest IoU of each detection among the chosen pairs, and the row of gt."""
+        rows, first = np.unique(d[chosen], return_index=True)       # pairs: falling IoU within d
+        best, row = np.zeros(D), np.full(D, -1)
+        best[rows], row[rows] = iou[chosen][first], g[chosen][first]
+        return best, row
 
-    (own, other), kinds = best, np.full(D, "bkg", "U5")
-    for kind, fits in (("both", other >= BACKGROUND_IOU), ("dupe", own >= FOUND_IOU),
-                       ("cls", other >= FOUND_IOU),
-                       ("loc", (own >= BACKGROUND_IOU) & (own < FOUND_IOU)),
-                       ("right", dt["found"] >= 0)):     # the last that fits stays
-        kinds[fits] = kind
-    aims = np.where(kinds == "loc", aim[0], np.where(kinds == "cls", aim[1], -1))
-    return kinds, aims
+    same_class = gt["category"][g] == dt["category"][d]
+    own, own_row = best_pair(same_class)
+    other, other_row = best_pair(~same_class)
+    kinds = np.select([dt["found"] >= 0, (own >= BACKGROUND_IOU) & (own < FOUND_IOU),
+                       other >= FOUND_IOU, own >= FOUND_IOU, other >= BACKGROUND_IOU],
+                      ["right", "loc", "cls", "dupe", "both"], "bkg")
+    return kinds, np.select([kinds == "loc", kinds == "cls"], [own_row, other_row], -1)
 
 
 def ap50(dt, right, objects, classes):
@@ -184,7 +182,8 @@ def confusion_matrix(gt, dt, num_classes, threshold):
     threshold; the last row is background, the last column missed.
 
     gt, dt: of judge_detections. On the diagonal are the right detections. Of the others the one of
-    highest score chooses first among the objects, of any class, that are left, at IoU 0.5.
+    highest score chooses first among the objects, of any class, that are left, at IoU 0.5; those
+    that find none, duplicates too, are on background.
     """
     K, dt = num_classes, take(dt, dt["score"] >= threshold)
     right = dt["found"] >= 0
@@ -234,17 +233,18 @@ def error_analysis(gt, dt, classes, threshold=0.5, most=100):
 # -- errors as tables and as a picture -----------------------------------------------------------
 
 def shown_confusion(result):
-    """The rows and columns of a confusion matrix that are not empty, and their names."""
+    """The rows and columns of a confusion matrix that are not empty, and the names of both."""
     matrix, K = np.array(result["confusion"]), len(result["classes"])
     used = np.flatnonzero((matrix[:K].sum(1) > 0) | (matrix[:, :K].sum(0) > 0))
-    return matrix[np.ix_(*2 * [np.append(used, K)])], [result["classes"][k] for k in used]
+    names = [" ".join((result["classes"][k] or f"class {k}").split())[:40] for k in used]
+    used = np.append(used, K)
+    return matrix[used][:, used], names + ["background"], names + ["missed"]
 
 
 def confusion_table(result, most=12, pairs=15):
     """The confusion matrix as lines; beyond `most` classes the most frequent mistakes instead."""
-    matrix, names = shown_confusion(result)
-    rows, columns = names + ["background"], names + ["missed"]
-    if len(names) <= most:
+    matrix, rows, columns = shown_confusion(result)
+    if len(rows) <= most + 1:
         width = max(map(len, rows))
         lines = [" ".join([f"{'true class':{width}}"] + [f"{name[:10]:>10}" for name in columns])]
         for name, counts in zip(rows, matrix.tolist()):
@@ -253,13 +253,13 @@ def confusion_table(result, most=12, pairs=15):
 
     mistakes = matrix - np.diag(np.diag(matrix))
     mistakes[-1], mistakes[:, -1] = 0, 0
-    lines = [f"{matrix[:-1, -1].sum()} objects are missed, {matrix[-1].sum()} detections are on "
-             f"background, {mistakes.sum()} have a wrong class; most frequent:"]
+    lines = [f"{matrix[:-1, -1].sum()} objects are missed, {matrix[-1].sum()} detections find "
+             f"none that is left, {mistakes.sum()} have a wrong class; most frequent:"]
     for i in np.argsort(-mistakes, axis=None, kind="stable")[:pairs]:
         row, column = divmod(int(i), len(columns))
         if mistakes[row, column]:
-            lines.append(f"{mistakes[row, column]:6d} of {matrix[row].sum()} {names[row]} detected "
-                         f"as {names[column]}")
+            lines.append(f"{mistakes[row, column]:6d} of {matrix[row].sum()} {rows[row]} detected "
+                         f"as {columns[column]}")
     return "\n".join(lines)
 
 
@@ -271,8 +271,8 @@ def error_tables(result):
     names = {**ERRORS, "false_positives": "all false positives",
              "false_negatives": "all false negatives"}
     for kind, name in names.items():
-        over = result["over"].get(kind, "")
-        lines.append(f"{name:19} {result['gain'][kind]:+.3f} {result['count'][kind]:6d} {over:>8}")
+        line = f"{name:19} {result['gain'][kind]:+.3f} {result['count'][kind]:6d}"
+        lines.append(f"{line} {result['over'][kind]:8d}" if kind in result["over"] else line)
 
     def number(value):
         return "    -" if value is None else f"{value:.3f}"
@@ -292,17 +292,18 @@ def error_tables(result):
 def draw_confusion(result):
     """The confusion matrix as a PIL image: right ones green, others red, the darker the larger
     their share of the row."""
-    matrix, names = shown_confusion(result)
-    rows, columns = names + ["background"], names + ["missed"]
+    matrix, rows, columns = shown_confusion(result)
     n = len(rows)
-    side = max(14, min(64, 1000 // n))
+    side = max(4, min(64, 1200 // n))
     font = ImageFont.load_default(max(10, min(16, side // 3)))
-    left = 12 + int(max(font.getlength(name) for name in rows + columns))
+    corner = ["rows: truth", "columns: detected"]
+    left = 12 + int(max(font.getlength(text) for text in rows + columns + corner))
     image = Image.new("RGB", (left + n * side + 8, left + n * side + 8), "white")
     draw = ImageDraw.Draw(image)
 
     # names on the left, and on top turned by 90 degrees
-    for i, (row, column) in enumerate(zip(rows, columns)):
+    draw.text((6, 6), "\n".join(corner), "black", font=font)
+    for i, (row, column) in enumerate(zip(rows, columns) if side >= 10 else ()):
         middle = left + (i + 0.5) * side
         draw.text((left - 6, middle), row, "black", font=font, anchor="rm")
         label = Image.new("RGB", (left - 6, side), "white")
@@ -450,11 +451,11 @@ def query_table(slots, most=40):
 
 def draw_queries(slots, most=40, side=150):
     """A PIL image with a square for each of the first `most` queries: the centres of its boxes in
-    all images, green for small ones (under 1/16 of the image), red for wide, blue for tall ones.
+    all images, green for small ones (under 1/8 of the image), red for wide, blue for tall ones.
     Source: arXiv:2005.12872, Fig. 7."""
     boxes = slots["boxes"][:most]
-    columns = min(10, math.ceil(math.sqrt(len(boxes) * 2)))
-    rows, gap, top, foot = math.ceil(len(boxes) / columns), 6, 16, 22
+    columns = max(3, min(10, math.ceil(len(boxes) / 2)))
+    rows, gap, top, foot = math.ceil(len(boxes) / columns), 6, 18, 24
     image = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + top + gap) + foot),
                       "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
@@ -465,12 +466,12 @@ def draw_queries(slots, most=40, side=150):
         x0, y0 = gap + column * (side + gap), top + row * (side + top + gap)
         draw.text((x0, y0 - 2), f"query {q}", "black", font=font, anchor="ld")
         draw.rectangle([x0, y0, x0 + side, y0 + side], "white", outline="gray")
-        size = np.where(w * h < 1 / 16, 0, np.where(w >= h, 1, 2))
+        size = np.where(w * h < 1 / 8, 0, np.where(w >= h, 1, 2))
         points = np.stack([x0 + cx.clip(0, 1) * side, y0 + cy.clip(0, 1) * side], 1)
         for (x, y), color in zip(points.tolist(), colors[size].tolist()):
             draw.rectangle([x - radius, y - radius, x + radius, y + radius], tuple(color))
     x = gap
-    for color, text in zip(colors.tolist(), ("small: under 1/16 of the image", "large, wide",
+    for color, text in zip(colors.tolist(), ("small: under 1/8 of the image", "large, wide",
                                              "large, tall")):
         draw.text((x, image.height - 6), text, tuple(color), font=font, anchor="ld")
         x += font.getlength(text) + 20
@@ -488,8 +489,8 @@ def add_flags(parser):
                         help="tell where each query looks, and draw the centres of its boxes there")
 
 
-def examine(result, errors="", threshold=0.5, queries="", dataset=None, layers=()):
-    """What is asked for, as a dict for json.dump and a list of texts to print.
+def probe(result, errors="", threshold=0.5, queries="", dataset=None, layers=()):
+    """The analyses that the flags ask for: a dict for json.dump and a list of texts to print.
 
     result: of evaluate or coco_eval; errors, queries: paths of the pictures to draw, "" for none;
     dataset: of the queries and layers; layers: of evaluate_layers, empty for none.

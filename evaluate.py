@@ -73,8 +73,8 @@ def detection_rows(outputs, targets, dataset):
 
 def layer_rows(outputs, targets, dataset):
     """detection_rows after every decoder layer, the first layer first."""
-    layers = [detection_rows([x[None] for x in layer], targets, dataset) for layer in zip(*outputs)]
-    return torch.cat(layers)
+    rows = [detection_rows([x[None] for x in layer], targets, dataset) for layer in zip(*outputs)]
+    return torch.cat(rows)
 
 
 # -- evaluation on one process or many -----------------------------------------------------------
@@ -262,13 +262,11 @@ def main(argv=None):
     args = parse_args(argv)
     model, info = load_model(args.checkpoint, args.model, args.dilation)
     classifier = isinstance(model, MetaFormer)
-    for flag in ("save_json", "errors", "layers", "queries"):
-        if classifier and getattr(args, flag):
-            raise UserError(f"--{flag} is for detections, the checkpoint holds a classifier")
+    if classifier and (args.save_json or args.errors or args.layers or args.queries):
+        raise UserError("--save_json, --errors, --layers and --queries are not for classifiers")
     dataset = evaluation_set(args, model, info)
     for flag in ("json", "save_json", "errors", "queries"):
-        path = getattr(args, flag)
-        check_output(f"--{flag}", path, args.checkpoint, getattr(dataset, "source", ""))
+        check_output(f"--{flag}", vars(args)[flag], args.checkpoint, getattr(dataset, "source", ""))
     c = model.cfg
     what = f"classifier, mixers {c.mixers}" if classifier else (
         f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")
@@ -283,8 +281,7 @@ def main(argv=None):
         rows = collect_rows(model, loader, args.device, torch.float32, layer_rows, 7)
         layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
     result = layers[-1] if layers else evaluate(model, loader, args.device)
-    more, texts = diagnose.examine(result, args.errors, args.threshold, args.queries, dataset,
-                                   layers)
+    more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
         with open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset), file)
@@ -292,7 +289,7 @@ def main(argv=None):
         with open(args.json, "w") as file:
             json.dump(accuracy_json(result) if classifier else result_json(result) | more, file)
     table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
-    print(table, *texts, sep="\n\n")
+    print(table, *text, sep="\n\n")
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")
