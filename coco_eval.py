@@ -2,6 +2,7 @@
 
     python coco_eval.py --gt instances.json --dt detections.json
     python coco_eval.py --gt instances.json --dt detections.json --iou_type segm --json out.json
+    python coco_eval.py --gt instances.json --dt detections.json --errors confusion.png
 
 In Python, coco_eval takes COCO's formats, as files or as dicts and lists; evaluate_columns takes
 columns, which a training loop has at hand. Columns are a dict of arrays, one row per object:
@@ -14,7 +15,8 @@ columns, which a training loop has at hand. Columns are a dict of arrays, one ro
     both          optional: "mask", an object array of mask_edges. Masks are then compared in place
                   of the boxes, which must enclose them
 
-The evaluation stands first, up to ap_table; masks and the reading of COCO files follow it.
+The evaluation stands first, up to ap_table; masks and the reading of COCO files follow it. For
+--errors, diagnose.py and pillow must be there, too.
 Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 

@@ -208,14 +208,15 @@ def error_analysis(gt, dt, classes, threshold=0.5, most=100):
     """Where detections err, as a dict for json.dump.
 
     gt, dt: columns of evaluate_columns; classes: K names; most: detections per image and class.
-    "AP50", "gain" and "count" are those of gain_of_repairs, over all detections. At the threshold,
-    "over" counts the wrong detections of each kind, "all" and "per_class" have the numbers of f1_of
-    with "name", and "confusion" is the matrix as lists. Crowds and what they absorb take no part.
+    "AP50", "gain" and "count" are those of gain_of_repairs, over all detections. Of detections that
+    score at least the threshold, "count_at_threshold" counts the wrong ones of each kind, "all" and
+    "per_class" hold the dicts of f1_of with "name", and "confusion" the matrix as lists. Crowds and
+    the detections on them take no part.
     """
     K = len(classes)
     gt, dt = judge_detections(gt, dt, most)
     kinds, aims = error_kinds(gt, dt)
-    over = kinds[dt["score"] >= threshold]
+    kept = kinds[dt["score"] >= threshold]
     right, objects = kinds == "right", np.bincount(gt["category"][~gt["ignored"]], minlength=K)
     rows = []
     for k in range(K):
@@ -224,7 +225,7 @@ def error_analysis(gt, dt, classes, threshold=0.5, most=100):
             rows.append({"name": classes[k],
                          **f1_of(own["score"], own["right"], objects[k], threshold)})
     return {**gain_of_repairs(gt, dt, kinds, aims, K), "threshold": threshold,
-            "over": {kind: int((over == kind).sum()) for kind in list(ERRORS)[:-1]},
+            "count_at_threshold": {kind: int((kept == kind).sum()) for kind in list(ERRORS)[:-1]},
             "all": {"name": "all", **f1_of(dt["score"], right, objects.sum(), threshold)},
             "per_class": rows, "classes": list(classes),
             "confusion": confusion_matrix(gt, dt, K, threshold).tolist()}
@@ -272,7 +273,8 @@ def error_tables(result):
              "false_negatives": "all false negatives"}
     for kind, name in names.items():
         line = f"{name:19} {result['gain'][kind]:+.3f} {result['count'][kind]:6d}"
-        lines.append(f"{line} {result['over'][kind]:8d}" if kind in result["over"] else line)
+        kept = result["count_at_threshold"].get(kind)
+        lines.append(line if kept is None else f"{line} {kept:8d}")
 
     def number(value):
         return "    -" if value is None else f"{value:.3f}"
@@ -401,7 +403,7 @@ def layer_table(rows):
 def entropy(counts):
     """The entropy in bits of the last axis, counts of 0 or more with a positive sum."""
     p = counts / counts.sum(-1, keepdims=True)
-    return -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)
+    return 0.0 - (p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)
 
 
 def query_slots(dt, sizes, num_classes, score=0.5):

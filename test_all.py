@@ -3453,7 +3453,7 @@ def test_where_a_detector_errs_with_one_error_of_each_kind():
         false_positives=26, false_negatives=101 / 3))
     assert errors["count"] == dict.fromkeys(diagnose.ERRORS, 1) | dict(
         false_positives=5, false_negatives=3)
-    assert errors["over"] == dict(cls=1, loc=1, both=1, dupe=0, bkg=1)
+    assert errors["count_at_threshold"] == dict(cls=1, loc=1, both=1, dupe=0, bkg=1)
 
 
 def test_error_costs_are_those_of_the_published_program():
