@@ -5,6 +5,7 @@
     python evaluate.py out/ckpt.pt --val_json a.json --val_images DIR --save_json detections.json
     python evaluate.py poolformer_s12.pth.tar --model poolformer_s12 --data imagenet
     python evaluate.py --gt instances.json --dt detections.json     # anybody's detections, no model
+    python evaluate.py out/ckpt.pt --layers --errors confusion.png --queries queries.png
 
 How average precision is computed is told in coco_eval.py, up to its line "masks".
 Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
+import diagnose
 from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
                        run_command, summary, writing)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
@@ -69,6 +71,12 @@ def detection_rows(outputs, targets, dataset):
         row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], x1y1,
                          x2y2 - x1y1], 1)                           # float64, as image is
         rows.append(row.cpu())
+    return torch.cat(rows)
+
+
+def layer_rows(outputs, targets, dataset):
+    """detection_rows after every decoder layer, the first layer first."""
+    rows = [detection_rows([x[None] for x in layer], targets, dataset) for layer in zip(*outputs)]
     return torch.cat(rows)
 
 
@@ -266,6 +274,7 @@ def parse_args(argv):
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    diagnose.add_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -276,12 +285,13 @@ def main(argv=None):
     args = parse_args(argv)
     model, info = load_model(args.checkpoint, args.model, args.dilation)
     classifier = isinstance(model, MetaFormer)
-    if classifier and args.save_json:
-        raise UserError("--save_json is for detections, the checkpoint holds a classifier")
+    if classifier and (args.save_json or args.errors or args.layers or args.queries):
+        raise UserError("--save_json, --errors, --layers and --queries are not for classifiers")
     dataset = evaluation_set(args, model, info)
-    inputs = args.checkpoint, getattr(dataset, "source", "")
-    check_output("--json", args.json, args.save_json, *inputs)
-    check_output("--save_json", args.save_json, *inputs)
+    inputs = [args.checkpoint, getattr(dataset, "source", "")]
+    for flag in ("json", "save_json", "errors", "queries"):
+        check_output(f"--{flag}", vars(args)[flag], *inputs)
+        inputs.append(vars(args)[flag])
     c = model.cfg
     what = f"classifier, mixers {c.mixers}" if classifier else (
         f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")
@@ -291,14 +301,20 @@ def main(argv=None):
 
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
-    result = evaluate(model.to(check_device(args.device)), loader, args.device)
+    model, layers = model.to(check_device(args.device)), []
+    if args.layers:                                                  # of all layers in one pass
+        rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
+        layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
+    result = layers[-1] if layers else evaluate(model, loader, args.device)
+    more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
         with writing(args.save_json), open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset), file)
     if args.json:
         with writing(args.json), open(args.json, "w") as file:
-            json.dump(accuracy_json(result) if classifier else result_json(result), file)
-    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
+            json.dump(accuracy_json(result) if classifier else result_json(result) | more, file)
+    table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
+    print(table, *text, sep="\n\n")
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")

@@ -31,6 +31,7 @@ train.py                    learning rate               -k learning_rate
 config.py                   options                     -k "option or flag"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
 report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
+diagnose.py                 errors, layers, queries     -k "errs or error_costs or confus or slots"
 classification.py           training and evaluation     -k "classifier or class_folders"
 predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
 bench.py                    and what makes it fast      -k "bench or lever"
@@ -81,6 +82,7 @@ import coco_eval as coco_eval_py
 import check_data
 import data
 import model as model_py
+import diagnose
 import checkpoint as checkpoint_py
 import evaluate
 import train
@@ -3462,6 +3464,301 @@ def test_predict_draws_what_can_be_read_and_leaves_the_photos_alone():
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
 
 
+# -- diagnose.py: where a detector errs, its layers and query slots -------------------------------
+
+AT, BELOW, AWAY = (0, 0, 10, 10), (0, 5, 10, 10), (50, 50, 10, 10)       # IoU of the first two: 1/3
+CAT, DOG = 1, 2
+
+
+def errors_of(anns, dets, **options):
+    """error_analysis of what is given, on images 1 to 5."""
+    gt = dict(instances(*anns), images=[dict(id=i) for i in range(1, 6)])
+    result = coco_eval(gt, dets)
+    errors = diagnose.error_analysis(*result["columns"], result["classes"], **options)
+    assert errors["AP50"] == result["stats"][1] or not anns
+    return errors
+
+
+RIGHT = [ann(AT)], [det(0.5, AT)]                                # a cat in image 1, found
+
+
+@pytest.mark.parametrize("anns, dets, ap50, gain, count", [
+    ([], [], 1, {}, {}),
+    ([ann(AT, 2)], [det(0.9, AT, 2, DOG)], 51 / 101, dict(cls=50 / 101, false_negatives=50 / 101),
+     dict(cls=1, false_positives=1, false_negatives=1)),
+    # wrong, right: precision 1/2 up to recall 1/2
+    ([ann(AT, 2)], [det(0.9, BELOW, 2)], 25.5 / 101,
+     dict(loc=75.5 / 101, false_positives=25.5 / 101, false_negatives=25 / 101),
+     dict(loc=1, false_positives=1, false_negatives=1)),
+    # the dog of image 3 is found after a false alarm
+    ([ann(AT, 2), ann(AT, 3, DOG)], [det(0.5, AT, 3, DOG), det(0.9, BELOW, 2, DOG)],
+     (51 / 101 + 0.5) / 2,
+     dict(both=0.25, missed=25 / 101, false_positives=0.25, false_negatives=25 / 101),
+     dict(both=1, missed=1, false_positives=1, false_negatives=1)),
+    # right, twice, right: precision 1 up to recall 1/2, then 2/3
+    ([ann(AT, 2)], [det(0.4, AT), det(0.3, AT, 2)], (51 + 50 * 2 / 3) / 101,
+     dict(dupe=50 / 303, false_positives=50 / 303), dict(dupe=1, false_positives=1)),
+    ([], [det(0.9, AWAY)], 0.5, dict(bkg=0.5, false_positives=0.5),
+     dict(bkg=1, false_positives=1)),
+    ([ann(AT, 2)], [], 51 / 101, dict(missed=50 / 101, false_negatives=50 / 101),
+     dict(missed=1, false_negatives=1)),
+    # in a crowd nothing is right or wrong, and nobody looks for it
+    ([ann(AT, 2, iscrowd=1)], [det(0.9, AT, 2), det(0.8, (1, 1, 5, 5), 2)], 1, {}, {}),
+    # an error on an object that is found: of the two the one with the higher score stays
+    ([], [det(0.9, AT, 1, DOG), det(0.7, AWAY)], 0.5,
+     dict(cls=0.5, bkg=0.5, false_positives=0.5), dict(cls=1, bkg=1, false_positives=2)),
+    # two errors on one object: the better one becomes right, the other is dropped
+    ([ann(AT, 2)], [det(0.4, BELOW, 2), det(0.3, BELOW, 2)], 51 / 101,
+     dict(loc=50 / 101, false_negatives=50 / 101),
+     dict(loc=2, false_positives=2, false_negatives=1)),
+    # no dog is found: without those that are missed none is left, and its AP stays 0
+    ([ann(AT, 2, DOG)], [], 0.5, {}, dict(missed=1, false_negatives=1)),
+    # IoU 0.5 and 0.1 are those of a duplicate and of a wrong place
+    ([], [det(0.9, (0, 0, 10, 5)), det(0.8, (0, 0, 10, 1))], 1,
+     {}, dict(dupe=1, loc=1, false_positives=2)),
+])
+def test_each_kind_of_error_costs_what_its_repair_alone_gains(anns, dets, ap50, gain, count):
+    errors = errors_of(RIGHT[0] + anns, RIGHT[1] + dets)
+    zeros = dict.fromkeys((*diagnose.ERRORS, "false_positives", "false_negatives"), 0)
+    assert errors["AP50"] == pytest.approx(ap50)
+    assert errors["gain"] == pytest.approx(zeros | gain, abs=1e-12)
+    assert errors["count"] == zeros | count
+
+
+def test_where_a_detector_errs_with_one_error_of_each_kind():
+    anns = [ann(AT, i) for i in (1, 2, 3, 4)]
+    dets = [det(0.9, AT, 2, DOG), det(0.8, BELOW, 3), det(0.7, AWAY, 5), det(0.6, BELOW, 4, DOG),
+            det(0.5, AT, 1), det(0.4, AT, 1)]
+    errors = errors_of(anns, dets, threshold=0.6)
+    # of 101 recall thresholds 26 are up to 1/4, 25 more up to 1/2, and 34 up to 1/3. Cats by score,
+    # wrong 0, right 1: 0 0 1 0; after the repairs 1 0 0 1 0; 1 0 1 0; 0 1 0; 1 alone; 1 of 1
+    start = 26 / 3
+    assert errors["AP50"] == pytest.approx(start / 101)
+    assert {k: 101 * v + start for k, v in errors["gain"].items()} == pytest.approx(dict(
+        cls=26 + 25 / 2, loc=26 + 25 * 2 / 3, both=start, dupe=start, bkg=26 / 2, missed=34 / 3,
+        false_positives=26, false_negatives=101 / 3))
+    assert errors["count"] == dict.fromkeys(diagnose.ERRORS, 1) | dict(
+        false_positives=5, false_negatives=3)
+    assert errors["count_at_threshold"] == dict(cls=1, loc=1, both=1, dupe=0, bkg=1)
+
+
+def test_error_costs_are_those_of_the_published_program():
+    """tidecv 1.0.1 in percent, but for "cls" and "loc", see gain_of_repairs, and for "false
+    negatives", where its recall thresholds are not COCO's in the last bit."""
+    g = rng("errors")
+    gt = dict(image=g.integers(0, 30, 120), category=g.integers(0, 4, 120),
+              crowd=np.zeros(120, bool),
+              box=np.concatenate([g.uniform(0, 80, (120, 2)), g.uniform(10, 40, (120, 2))], 1))
+    aim = g.integers(0, 120, 400)
+    box = gt["box"][aim] + g.normal(0, 4, (400, 4))
+    box = np.where(g.random((400, 1)) < 0.8, box, g.uniform(10, 40, (400, 4))).clip(1)
+    category = np.where(g.random(400) < 0.8, gt["category"][aim], g.integers(0, 4, 400))
+    dt = dict(image=gt["image"][aim], category=category, box=box, score=g.random(400))
+    gt["area"] = gt["box"][:, 2] * gt["box"][:, 3]
+
+    errors = diagnose.error_analysis(gt, dt, list("abcd"))
+    assert 100 * errors["AP50"] == pytest.approx(28.175395016533983)
+    for kind, gain in dict(both=2.810260467718969, dupe=3.280151295625327, bkg=4.945256863134986,
+                           missed=2.4591472574908657, false_positives=48.06222874584226).items():
+        assert 100 * errors["gain"][kind] == pytest.approx(gain), kind
+    assert errors["count"] == dict(cls=21, loc=114, both=42, dupe=86, bkg=45, missed=10,
+                                   false_positives=308, false_negatives=28)
+
+
+def test_the_decomposition_starts_from_the_evaluators_ap50_and_no_repair_does_harm():
+    for seed in range(40):
+        gt, dets = stress.random_box_case(np.random.default_rng(seed))
+        result = coco_eval(gt, dets)
+        errors = diagnose.error_analysis(*result["columns"], result["classes"])
+        assert errors["AP50"] == result["stats"][1], seed
+        assert min(errors["gain"].values()) >= -1e-12, seed
+        matrix, objects = np.array(errors["confusion"]), errors["all"]["objects"]
+        assert matrix[:-1].sum() == objects and matrix[-1, -1] == 0
+        assert matrix[:, :-1].sum() == errors["all"]["detections"]
+        assert np.trace(matrix) == errors["all"]["found"]
+
+
+def test_precision_recall_and_f1_by_hand():
+    score, right = np.array([0.3, 0.9, 0.8, 0.8]), np.array([True, True, False, True])
+    assert diagnose.f1_of(score, right, 4, 0.8) == pytest.approx(dict(
+        objects=4, detections=3, found=2, precision=2 / 3, recall=1 / 2, F1=4 / 7,
+        best_F1=6 / 8, best_threshold=0.3))
+    tied = diagnose.f1_of(np.array([0.5, 0.5]), np.array([True, False]), 1, 0.6)
+    assert tied == dict(objects=1, detections=0, found=0, precision=None, recall=0, F1=0,
+                        best_F1=2 / 3, best_threshold=0.5)
+    nothing = diagnose.f1_of(np.zeros(0), np.zeros(0, bool), 0, 0.5)
+    assert set(nothing.values()) == {0, None} and nothing["F1"] is None
+
+
+def test_confusions_by_hand_as_matrix_table_and_picture():
+    anns = [ann(AT, 1), ann(AT, 2), ann(AT, 3, DOG), ann(AT, 4, DOG), ann(AWAY, 4, iscrowd=1)]
+    dets = [det(0.9, AT, 1), det(0.8, AT, 1, DOG),              # right; a dog where none is left
+            det(0.7, AT, 2, DOG), det(0.6, BELOW, 2, DOG),      # a cat taken for a dog; too far off
+            det(0.4, AT, 3, DOG),                               # below the threshold
+            det(0.9, AWAY, 4)]                                  # in the crowd
+    errors = errors_of(anns, dets)
+    assert errors["confusion"] == [[1, 1, 0], [0, 0, 2], [0, 2, 0]]
+    assert errors["classes"] == ["cat", "dog"]
+    assert [(r["name"], r["precision"], r["recall"]) for r in errors["per_class"]] == [
+        ("cat", 1, 1 / 2), ("dog", 0, 0)]
+    table = diagnose.error_tables(errors)
+    for line in (r"true class +cat +dog +missed", r"cat +1 +1 +0", r"dog +0 +0 +2",
+                 r"background +0 +2 +0", r"dog +0.000 +0.000 +0.000 +0.333 +0.400 +2"):
+        assert re.search(f"^{line}$", table, re.MULTILINE), line
+    image = np.array(diagnose.draw_confusion(errors))
+    colors = {tuple(color) for color in image.reshape(-1, 3)}
+    assert {(128, 213, 128), (255, 128, 128), (255, 0, 0)} <= colors    # 1/2 right, 1/2, all wrong
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed():
+    matrix = np.diag(range(1, 31))
+    matrix[3, 7], matrix[7, 3], matrix[2, 29], matrix[29, 4] = 5, 9, 6, 8
+    names = [f"c{k}" for k in range(29)]
+    table = diagnose.confusion_table(dict(confusion=matrix.tolist(), classes=names))
+    assert table == ("6 objects are missed, 38 detections find none that is left, 14 have a wrong "
+                     "class; most frequent:\n     9 of 17 c7 detected as c3\n"
+                     "     5 of 9 c3 detected as c7")
+    diagnose.draw_confusion(dict(confusion=matrix.tolist(), classes=["a\nb" * 99, *names[1:]]))
+
+
+def test_suppression_keeps_what_a_plain_loop_keeps():
+    generator = np.random.default_rng(0)
+    n = 300
+    dt = dict(image=generator.integers(0, 4, n), category=generator.integers(0, 2, n),
+              score=generator.integers(0, 20, n) / 20,
+              box=np.concatenate([generator.integers(0, 6, (n, 2)), np.full((n, 2), 20)], 1) * 1.0)
+    kept, pairs = [], 0
+    for i in np.argsort(-dt["score"], kind="stable").tolist():
+        same = [j for j in range(n) if dt["image"][j] == dt["image"][i]
+                and dt["category"][j] == dt["category"][i]]
+        boxes = torch.tensor(dt["box"])
+        boxes[:, 2:] += boxes[:, :2]
+        iou = dict(zip(same, box_iou(boxes[i, None], boxes[same])[0].tolist()))
+        if not any(iou[j] > 0.7 for j in kept if j in iou):
+            kept.append(i)
+        pairs += sum(j < i and iou[j] > 0.7 and min(dt["score"][i], dt["score"][j]) > 0.5
+                     for j in same)
+    dt["row"] = np.arange(n)
+    assert sorted(diagnose.suppress(dt)["row"].tolist()) == sorted(kept) and len(kept) < n - 50
+    assert diagnose.duplicates(dt, 4) == pairs / 4 > 0
+
+
+class Pictures(SimpleNamespace):
+    """A data set of two images, each with the cat AT; the second one also with a dog AWAY."""
+    classes, category_ids, sizes = ["cat", "dog"], [1, 2], np.array([[60, 60], [60, 60]])
+
+    def __len__(self):
+        return 2
+
+    def columns(self):
+        boxes = np.array([AT, AT, AWAY], float)
+        return dict(image=np.array([0, 1, 1]), category=np.array([0, 0, 1]), box=boxes,
+                    area=np.full(3, 100.0), crowd=np.zeros(3, bool))
+
+
+def test_ap_and_duplicates_after_every_decoder_layer_by_hand():
+    #        image, class, score
+    rows = [[0, 0, 0.9, *AT], [0, 0, 0.8, *AT],                 # layer 1: the cat twice
+            [0, 0, 0.9, *AT], [0, 1, 0.1, *AT],                 # layer 2
+            [1, 0, 0.7, *AT], [1, 0, 0.6, *AT],
+            [1, 0, 0.7, *AT], [1, 1, 0.6, *AWAY]]
+    layers = diagnose.evaluate_layers(torch.tensor(rows, dtype=torch.float64), Pictures(), 2)
+    first, last = diagnose.ap_by_layer(layers, 2)
+    half = (51 + 50 * 2 / 3) / 101 / 2                           # cats: right, twice, right; no dog
+    assert first == pytest.approx(dict(layer=1, AP=half, AP50=half, AP_nms=0.5, AP50_nms=0.5,
+                                       duplicates=1))
+    assert last == pytest.approx(dict(layer=2, AP=1, AP50=1, AP_nms=1, AP50_nms=1, duplicates=0))
+    assert layers[1]["rows"].tolist() == [rows[2], rows[3], rows[6], rows[7]]
+
+
+def test_layers_add_to_the_numbers_of_an_evaluation_and_change_none(whole, capsys):
+    plain = evaluate_py(f"{whole}/ckpt.pt")
+    options = "--layers", "--errors", "c.png", "--queries", "q.png"
+    numbers = evaluate_py(f"{whole}/ckpt.pt", *options)
+    assert {name: numbers[name] for name in plain} == plain
+    last = numbers["layers"][-1]
+    assert (last["layer"], last["AP"], last["AP50"]) == (
+        2, plain["stats"]["AP"], plain["stats"]["AP50"])
+    assert numbers["errors"]["AP50"] == plain["stats"]["AP50"]
+    model, _ = evaluate.load_model(f"{whole}/ckpt.pt")
+    assert len(numbers["queries"]["spread"]) == model.cfg.num_queries
+    assert Image.open("c.png").format == Image.open("q.png").format == "PNG"
+    out = capsys.readouterr().out
+    assert "layer   2" in out and "confusion matrix: c.png" in out and "query slots: q.png" in out
+
+
+def test_rows_of_all_layers_are_those_that_each_layer_alone_would_give():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 4, 3, generator=generator)       # 3 layers, 2 images, 4 queries
+    boxes = torch.rand(3, 2, 4, 4, generator=generator)
+    targets = [dict(index=1, orig_size=(60, 60)), dict(index=0, orig_size=(60, 60))]
+    dataset = SimpleNamespace(image_ids=[1, 2])
+    rows = evaluate.layer_rows((logits, boxes), targets, dataset)
+    rows = rows[rows[:, 0].argsort(stable=True)]
+    for layer, result in enumerate(diagnose.evaluate_layers(rows, Pictures(), 3)):
+        one = evaluate.detection_rows((logits[:layer + 1], boxes[:layer + 1]), targets, dataset)
+        assert torch.equal(result["rows"], one[[4, 5, 6, 7, 0, 1, 2, 3]])
+
+
+def slots_of(centres, category, size=2.0):
+    """query_slots of Q queries in n images, 10 high and 20 wide; centres (n, Q, 2), x and y."""
+    n, Q, _ = centres.shape
+    box = np.concatenate([centres - size / 2, np.full_like(centres, size)], 2).reshape(-1, 4)
+    dt = dict(image=np.repeat(np.arange(n), Q), category=np.ravel(category), box=box,
+              score=np.tile([0.9, 0.1], n * Q // 2))
+    return diagnose.query_slots(dt, np.tile([10, 20], (n, 1)), 3)
+
+
+def test_query_slots_by_hand():
+    # query 0 always in the upper left cell; query 1 in the lower right ones, left or right of 17.5
+    centres = np.array([[[2, 1], [16, 9]], [[2, 1], [19, 9]]] * 2)
+    slots = slots_of(centres * 1.0, [[0, 0], [0, 2]] * 2)
+    assert slots["mutual_information"] == pytest.approx(1)
+    assert slots["spread"] == pytest.approx([0, 1.5 / 20])
+    assert slots["class_entropy"] == pytest.approx([0, 1])
+    assert slots["used"].tolist() == [1, 0]
+    assert slots["boxes"][1, 1] == pytest.approx([19 / 20, 9 / 10, 2 / 20, 2 / 10])
+
+    # both look at the same four cells: the query says nothing about the place
+    corners = np.array([[2, 1], [19, 1], [2, 9], [19, 9]], float)
+    same = slots_of(np.stack([corners, corners], 1), np.zeros((4, 2), int))
+    assert same["mutual_information"] == pytest.approx(0)
+    assert same["spread"] == pytest.approx(2 * [math.hypot(8.5 / 20, 4 / 10)])
+    assert "0.000 of 1.000 bits" in diagnose.query_table(same)
+    with pytest.raises(ValueError, match="same number in every image"):
+        diagnose.query_slots(dict(image=np.array([0, 0, 1])), np.ones((2, 2)), 1)
+
+
+def test_query_slots_are_drawn_green_red_and_blue_by_size():
+    boxes = np.zeros((3, 1, 4))
+    boxes[:, 0] = (0.5, 0.5, 0.3, 0.4), (0.25, 0.5, 0.5, 0.4), (0.5, 0.75, 0.3, 0.6)
+    image = np.array(diagnose.draw_queries(dict(boxes=boxes), side=100))
+    for q, color in enumerate(((40, 160, 60), (220, 40, 40), (40, 70, 220))):
+        x0, y0 = 6 + q * 106, 18                                # its square's corner
+        x, y = x0 + round(100 * boxes[q, 0, 0]), y0 + round(100 * boxes[q, 0, 1])
+        assert tuple(image[y, x]) == color
+        assert (image[y0 + 1:y0 + 100, x0 + 1:x0 + 100] != 255).any(-1).sum() == 9
+
+
+def test_errors_of_two_files_need_diagnose_beside_the_evaluator():
+    def run_alone(*options):
+        return subprocess.run([sys.executable, "coco_eval.py", "--gt", "gt.json", "--dt", "dt.json",
+                               *options], capture_output=True, text=True)
+    shutil.copy(coco_eval_py.__file__, ".")
+    Path("torch.py").write_text("raise ImportError('no torch here')")
+    write_json(gt=instances(ann()), dt=[det(0.9)])
+    done = run_alone("--errors", "c.png")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    assert "error: --errors needs diagnose.py beside coco_eval.py" in done.stderr
+    assert "leave out one of the two" in run_alone("--errors", "c.png", "--strict").stderr
+    shutil.copy(diagnose.__file__, ".")
+    done = run_alone("--errors", "c.png", "--json", "o", "--threshold", "0.95")
+    assert (done.returncode, done.stderr) == (0, "")
+    errors = json.load(open("o"))["errors"]
+    assert errors["threshold"] == 0.95 and errors["confusion"] == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert "AP50 1.000; what it gains" in done.stdout and Image.open("c.png").format == "PNG"
+
+
 # -- classification.py: classifiers in training and evaluation -----------------------------------
 
 def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsys):
@@ -3491,7 +3788,7 @@ def test_a_classifier_trains_and_evaluates_to_the_accuracy_of_a_plain_loop(capsy
     predict.main(["out/best.pt", "a.png", "--device", "cpu"])
     [photo] = json.load(open("predictions/predictions.json"))
     assert [c["class"] for c in photo["classes"]] == [dataset.classes[k] for k in best[4]]
-    for wrong in ("--save_json x", "--val_json x --val_images y", "--max_size 64"):
+    for wrong in ("--save_json x", "--val_json x --val_images y", "--max_size 64", "--layers"):
         refused(f"{wrong.split()[0]}.*classifier", evaluate_py, "out/ckpt.pt", *wrong.split())
 
 
