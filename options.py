@@ -8,6 +8,7 @@ An annotation holds the type, the help, and where there is a limit the least num
 """
 
 import argparse
+import math
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -28,8 +29,9 @@ def check_options(config):
         wanted = (int, float) if type_ is float else type_
         if not isinstance(value, wanted) or type_ is not bool and isinstance(value, bool):
             raise UserError(f"--{name} {value!r} must be of type {type_.__name__}")
-        if type_ is not str and not -2**63 < value < 2**63:          # refuses NaN, too
-            raise UserError(f"--{name} {value} must be a number below 2**63")
+        largest = {int: 2**63, float: 1e38}.get(type_, math.inf)     # of int64 and float32
+        if type_ is not str and not -largest < value < largest:      # refuses NaN, too
+            raise UserError(f"--{name} {value} must be a number below {largest}")
         if limit is None:
             continue
         if type_ is str and value not in limit:

@@ -2926,7 +2926,8 @@ def test_an_option_from_a_later_version_is_refused_and_one_that_is_not_there_yet
     ("model_config", "num_queries", 10**9, "--num_queries 1000000000"),
     ("model_config", "enc_layers", 10**9, "of 1000000002 layers"),
     ("model_config", "dim_feedforward", 10**18, "--dim_feedforward 1000000000000000000"),
-    ("model_config", "position_temperature", 2**70, "--position_temperature"),
+    ("model_config", "num_queries", 2**63, "--num_queries 9223372036854775808 must be a number"),
+    ("model_config", "position_temperature", 10**40, "--position_temperature"),
     ("model_config", "mixer", ["pool"], "--mixer ['pool'] must be of type str"),
     ("train_config", "data", {"a": 1}, "--data {'a': 1} must be of type str"),
     ("train_config", "image_size", 10**9, "--max_size"),
@@ -3479,7 +3480,7 @@ def errors_of(anns, dets, **options):
     return errors
 
 
-RIGHT = [ann(AT)], [det(0.5, AT)]                                # a cat in image 1, found
+FOUND = [ann(AT)], [det(0.5, AT)]                                # a cat in image 1, found
 
 
 @pytest.mark.parametrize("anns, dets, ap50, gain, count", [
@@ -3518,7 +3519,7 @@ RIGHT = [ann(AT)], [det(0.5, AT)]                                # a cat in imag
      {}, dict(dupe=1, loc=1, false_positives=2)),
 ])
 def test_each_kind_of_error_costs_what_its_repair_alone_gains(anns, dets, ap50, gain, count):
-    errors = errors_of(RIGHT[0] + anns, RIGHT[1] + dets)
+    errors = errors_of(FOUND[0] + anns, FOUND[1] + dets)
     zeros = dict.fromkeys((*diagnose.ERRORS, "false_positives", "false_negatives"), 0)
     assert errors["AP50"] == pytest.approx(ap50)
     assert errors["gain"] == pytest.approx(zeros | gain, abs=1e-12)
