@@ -4,12 +4,12 @@
     weights = self_attention(model, pixels, points=[(0.5, 0.5)])    # (1, nh, H, W)
     field = effective_field(model, pixels, points=[(0.5, 0.5)])     # (1, IH, IW)
     cam = grad_cam(classifier, pixels, label=207)                   # (H, W)
-    draw_tile(image, cam, "cat").save("cam.jpg")
+    cam_sheet(classifier, pixels, image, 207, "cat").save("cam.jpg")
 
 model is a DETR, classifier a MetaFormer, both in eval mode; pixels is one image without padding
-(1, 3, IH, IW), uint8 or float 0..255. A point (x, y) in [0, 1] of the image stands for the token
-whose centre is nearest. Token (row, column) of a detector has its centre at the pixel of stride
-times these numbers: padded convolutions with strides look around the first pixel first.
+(1, 3, IH, IW), uint8 or float 0..255. A point (x, y) in [0, 1] of the image stands for the nearest
+token: a detector's token (row, column) is centred on pixel (row, column) * stride, as its padded
+convolutions are.
 """
 
 from contextlib import contextmanager
@@ -106,8 +106,9 @@ def effective_field(model, pixels, points, probes=4):
     """How much each pixel moves the encoder's output at points: (len(points), IH, IW), >= 0.
 
     The root of the summed squares of the derivatives of a token's C channels by a pixel's three
-    colours. Instead of all C, `probes` sums of the channels with random signs are derived, whose
-    mean square is that sum on average. After effective receptive fields, arXiv:1701.04128, Sec. 2.
+    colours. Estimated from `probes` backward passes, each of a sum of the channels with random signs:
+    the squares of its derivatives have that sum as their mean. A pass costs as much as the forward
+    pass. After the effective receptive fields of arXiv:1701.04128, Sec. 2.
     """
     images = pixels.detach().float().requires_grad_()
     with torch.enable_grad(), forward_calls(model.transformer.encoder) as calls:
@@ -219,22 +220,21 @@ def attention_sheet(model, pixels, image, found, points=None, heads=False, field
     places = centres if points is None else points
     shares = [(x / image.width, y / image.height) for x, y in places]
     if (cfg.encoder_mixer or cfg.mixer) == "attention" and cfg.enc_layers and not field:
-        kind, seen = "self-attention", self_attention(model, pixels, shares)
+        kind, step, seen = "self-attention", stride, self_attention(model, pixels, shares)
     else:
-        kind, seen = "effective field", effective_field(model, pixels, shares)[:, None]
+        kind, step, seen = "effective field", 1, effective_field(model, pixels, shares)[:, None]
     read = cross_attention(model, pixels, found["queries"][:16])
 
-    def tiles(maps, caption, **marks):             # maps (nh, H, W)
+    def tiles(maps, step, caption, **marks):       # maps (nh, H, W), one for every step pixels
         named = [(caption, maps.mean(0))]
         if heads and len(maps) > 1:
             named += [(f"head {k + 1}", m) for k, m in enumerate(maps)]
-        if maps.shape[1:] != pixels.shape[2:]:     # of tokens
-            named = [(name, spread(m, pixels.shape[2:], stride)) for name, m in named]
-        return [draw_tile(image, m, name, **marks) for name, m in named]
+        return [draw_tile(image, spread(m, pixels.shape[2:], step), name, **marks)
+                for name, m in named]
 
-    rows = [tiles(maps, f"{name} {score:.2f}: cross-attention", box=box)
+    rows = [tiles(maps, stride, f"{name} {score:.2f}: cross-attention", box=box)
             for maps, name, score, box in zip(read, found["names"], found["scores"], boxes)]
-    others = [tiles(maps, f"{kind} at {x:.0f}, {y:.0f}", point=(x, y))
+    others = [tiles(maps, step, f"{kind} at {x:.0f}, {y:.0f}", point=(x, y))
               for maps, (x, y) in zip(seen, places)]
     if points is None:                             # a detection's two beside each other
         rows = [row for pair in zip(rows, others) for row in pair]
