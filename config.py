@@ -43,9 +43,10 @@ class TrainConfig:
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it", 0] = 1e-5
     weight_decay: Annotated[float, "of AdamW", 0] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0: no clipping", 0] = 0.1
-    schedule: Annotated[str, "a tenth every lr_drop epochs, or a cosine to min_lr",
-                        ("step", "cosine")] = "step"
+    schedule: Annotated[str, "a tenth every lr_drop epochs, a cosine to min_lr, or constant, then "
+                             "linear to 0", ("step", "cosine", "trapezoid")] = "step"
     min_lr: Annotated[float, "where the cosine schedule takes --lr", 0] = 0.0
+    decay_share: Annotated[float, "last part of the run, in which the trapezoid falls", 0] = 0.3
     lr_drop: Annotated[int, "epochs between the drops of the step schedule", 1] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
@@ -73,6 +74,8 @@ class TrainConfig:
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
+        if not 0 < self.decay_share <= 1:
+            raise UserError(f"--decay_share {self.decay_share} must be over 0 and at most 1")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed} must be below 2**63")
         if self.max_size < self.image_size:
@@ -196,6 +199,7 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     built_in = cfg.kind in ("shapes", "shape_classes")
     needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
              "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
+             "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in)}
