@@ -43,8 +43,8 @@ def read_options(argv, description, configs, presets, hidden=()):
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
     --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both; a boolean one of them is the later. Abbreviations are off, so that
-    a typo is an error.
+    one flag, whose help has both; if one is a boolean, the later. Abbreviations are off, so that a
+    typo is an error.
     """
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]", description=description, allow_abbrev=False,
