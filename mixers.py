@@ -115,8 +115,8 @@ class IdentityMixer(nn.Module):
 
 
 class NoneMixer(IdentityMixer):
-    """Zeros, so that the residual keeps the token as it is. IdentityMixer makes x + norm(x) of it in
-    a pre-norm layer; in a post-norm layer norm(x + x), the same as norm(x) but for dropout.
+    """Zeros: the residual keeps the token as it is. IdentityMixer makes x + norm(x) of it in a
+    pre-norm layer; in a post-norm layer norm(x + x), the same as norm(x) but for dropout.
     """
 
     def forward(self, x, pos, valid, grid):
