@@ -11,6 +11,7 @@ import torch.distributed as dist
 from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
+from scenes import SCENES
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import read_run
@@ -30,6 +31,7 @@ class TrainConfig:
     val_images: Annotated[str, "folder of the validation images"] = ""
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
+    scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py", SCENES] = "plain"
     overfit: Annotated[int, "train and evaluate on the first N images: try this first", 0] = 0
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
@@ -173,6 +175,8 @@ def with_resumed(given):
 def with_presets(given, kind):
     """The options given, over the presets of the kind of data and of --overfit."""
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
+    if kind == "shapes" and options.get("scenes", "plain") != "plain":
+        options["image_size"] = given.get("image_size", 96)          # sees less of them at a time
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
     if given.get("warmup_epochs") and not given.get("warmup_steps"):
@@ -202,7 +206,8 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
-             "val_shapes": ("the built-in data", built_in)}
+             "val_shapes": ("the built-in data", built_in),
+             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes")}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()
             if name in given and not met]
     if idle:

@@ -69,6 +69,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -698,14 +699,16 @@ def test_data_py_checks_class_folders(tmp_path, capsys):
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
 
-def test_shapes_are_the_same_each_time_and_differ_between_splits():
-    a, b, val = (ShapesDataset(split, 30) for split in ("train", "train", "val"))
+@pytest.mark.parametrize("scenes, classes", [("plain", 3), ("twins", 2), ("dots", 3)])
+def test_shapes_are_the_same_each_time_and_differ_between_splits(scenes, classes):
+    a, b, val = (ShapesDataset(split, 30, scenes=scenes) for split in ("train", "train", "val"))
     first = [a[i] for i in range(30)]
     for i in reversed(range(30)):
         assert torch.equal(b[i][0], first[i][0])
         assert torch.equal(b[i][1]["boxes"], first[i][1]["boxes"])
     assert len({x[i][0].numpy().tobytes() for x in (a, val) for i in range(30)}) == 60
-    assert {k for _, target in first for k in target["labels"].tolist()} == {0, 1, 2}
+    found = {k for _, target in first for k in target["labels"].tolist()}
+    assert found == set(range(classes)) and len(a.classes) == classes
 
 
 def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
@@ -721,6 +724,49 @@ def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
             assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == [x1, y1, x2, y2]
             seen += labels.tolist()
     assert set(seen) == {0, 1, 2} and len(seen) > 20
+
+
+def scene_of(dataset, i):
+    """Objects of image i as (label, xyxy box, parts), and its pixels."""
+    objects = dataset._scene(i)[2]
+    boxes, labels = dataset.objects(i)
+    assert labels.tolist() == [label for label, _, _ in objects] and len(boxes) == len(objects)
+    return [(k, box.astype(int).tolist(), parts) for (k, _, parts), box in zip(objects, boxes)
+            ], np.array(dataset.read(i))
+
+
+def test_twins_have_an_equal_beyond_sight_and_half_are_twins_whatever_else_is_seen():
+    dataset, rows = ShapesDataset("val", 800, 96, scenes="twins"), []
+    for i in range(800):
+        objects, image = scene_of(dataset, i)
+        outside = np.ones((96, 96), bool)
+        for label, (x1, y1, x2, y2), [(shape, _, color)] in objects:
+            drawn = (image[y1:y2, x1:x2] == color).all(2)            # tight: on all four sides
+            assert drawn[0].any() and drawn[-1].any() and drawn[:, 0].any() and drawn[:, -1].any()
+            outside[y1:y2, x1:x2] = False
+            equal = [box for _, box, [(s, _, c)] in objects if (s, c) == (shape, color)]
+            assert label == (len(equal) == 2) and len(equal) <= 2
+            for a1, b1, a2, b2 in equal:                             # itself, or further off
+                assert (a1, b1) == (x1, y1) or max(a1 - x2, x1 - a2, b1 - y2, y1 - b2) > 25
+            rows.append((label, len(objects), shape, color, x1 > 40, y2 - y1 > 20))
+        used = {color for _, _, [(_, _, color)] in objects}
+        assert not any((image[outside] == color).all(1).any() for color in used)
+    for column in range(1, 6):
+        for value in {row[column] for row in rows}:
+            labels = [row[0] for row in rows if row[column] == value]
+            assert abs(np.mean(labels) - 0.5) < 3.5 / 2 / len(labels) ** 0.5, (column, value)
+
+
+def test_dots_of_one_colour_fill_their_box_and_are_as_many_as_the_class_says():
+    dataset = ShapesDataset("val", 200, 96, scenes="dots")
+    for i in range(200):
+        objects, image = scene_of(dataset, i)
+        assert 1 <= len(objects) <= 3
+        for label, box, parts in objects:
+            mask = (image == parts[0][2]).all(2)
+            rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == box
+            assert ndimage.label(mask, np.ones((3, 3)))[1] == int(dataset.classes[label][0])
 
 
 def test_collate_pads_right_and_below_and_says_where():
@@ -3193,6 +3239,8 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     ("--schedule step --min_lr 1", ["no effect here: --min_lr (needs"]),
     ("--schedule step --decay_share 0.2", ["no effect here: --decay_share (needs"]),
     ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
+    ("--scenes twin", ["--scenes twin", "plain, twins, dots"]),
+    ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
     ("--data x --train_shapes 9", ["no effect here: --train_shapes (needs"]),
@@ -3226,6 +3274,15 @@ def test_an_explicit_flag_wins_over_the_preset():
     official = dict(lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4, epochs=300, lr_drop=200,
                     clip_max_norm=0.1)
     assert {name: coco[name] for name in official} == official
+
+
+def test_scenes_other_than_the_plain_ones_are_larger_images():
+    sides = [train.make_configs(given)[2].image_size for given in (
+        {}, dict(scenes="twins"), dict(scenes="dots", image_size=80))]
+    assert sides == [64, 96, 80]
+    cfg = train.make_configs(dict(scenes="twins", train_shapes=20, val_shapes=2))[2]
+    train_set = data.build_dataset(cfg, "train")
+    assert train_set.classes == ["single", "twin"] and train_set[0][0].shape == (3, 96, 96)
 
 
 def test_booleans_have_a_no_flag():
