@@ -48,7 +48,7 @@ class TrainConfig:
     schedule: Annotated[str, "a tenth every lr_drop epochs, a cosine to min_lr, or constant, then "
                              "linear to 0", ("step", "cosine", "trapezoid")] = "step"
     min_lr: Annotated[float, "where the cosine schedule takes --lr", 0] = 0.0
-    decay_share: Annotated[float, "last part of the run, in which the trapezoid falls", 0] = 0.3
+    decay_share: Annotated[float, "trapezoid: share of the run in which the rate falls", 0] = 0.3
     lr_drop: Annotated[int, "epochs between the drops of the step schedule", 1] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
