@@ -203,7 +203,8 @@ def load_weights(model, source, strict=True):
             by_design = False
         by_design |= key.endswith("num_batches_tracked")
         may_differ = not strict and (key.startswith(("class_embed.", "head."))
-                                     or ".self_attn." in key or ".token_mixer." in key)
+                                     or ".self_attn." in key or ".token_mixer." in key
+                                     or key.endswith(".mixer_scale"))
         (report if by_design or may_differ else faults).append(line)
     if faults:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""

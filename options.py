@@ -46,7 +46,8 @@ def read_options(argv, description, configs, presets, hidden=()):
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
     --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both. Abbreviations are off, so that a typo is an error.
+    one flag, whose help has both; if one is a boolean, the later. Abbreviations are off, so that a
+    typo is an error.
     """
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]", description=description, allow_abbrev=False,
@@ -64,6 +65,10 @@ def read_options(argv, description, configs, presets, hidden=()):
             text = f"{text} ({'; '.join(defaults)})".replace("%", "%%")
             if field.name in flags:
                 flags[field.name].help += f"; {config.__name__}: {text}"
+                if type_ is bool:                  # a value for one model, none for the other
+                    flags[field.name].nargs, flags[field.name].const = "?", True
+                    group.add_argument(f"--no-{field.name}", dest=field.name, help="see above",
+                                       action="store_false", default=argparse.SUPPRESS)
             elif field.name not in hidden:
                 kind = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(
                     type=type_)

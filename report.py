@@ -102,7 +102,8 @@ def banner(run):
         data += f", {train_set.source if detector else cfg.data}"
     else:
         why = "no --data, and no folder data/coco" if detector else "no --data"
-        data = f"built-in {cfg.kind.replace('_', ' ')}, {cfg.image_size} pixels ({why})"
+        what = cfg.kind.replace("_", " ") if cfg.scenes == "plain" else cfg.scenes
+        data = f"built-in {what}, {cfg.image_size} pixels ({why})"
     if cfg.overfit:
         data += f"; --overfit: {len(val_set)} images, {OVERFIT_REPEATS} passes an epoch"
     objects = f", at most {most} objects in an image" if detector else ""

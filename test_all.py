@@ -74,6 +74,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -107,8 +108,8 @@ from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSa
 from checkpoint import load_backbone, load_weights, rename_official_keys
 from attention import (attention_weights, cross_attention, draw_tile, effective_field, grad_cam,
                        heat_map, self_attention, spread)
-from model import (MODELS, Decoder, Encoder, LearnedPosition, ModelConfig, SinePosition,
-                   build_model)
+from model import (MODELS, Decoder, Encoder, EncoderLayer, LearnedPosition, ModelConfig,
+                   SinePosition, Transformer, build_model)
 from matcher import match
 from losses import LossConfig, loss_normalizers, set_loss
 from stress import (BOX, PICTURE, TINY, TINY_FILES, ann, annotation, assert_identical,
@@ -709,14 +710,16 @@ def test_data_py_checks_class_folders(tmp_path, capsys):
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
 
-def test_shapes_are_the_same_each_time_and_differ_between_splits():
-    a, b, val = (ShapesDataset(split, 30) for split in ("train", "train", "val"))
+@pytest.mark.parametrize("scenes, classes", [("plain", 3), ("twins", 2), ("dots", 3)])
+def test_shapes_are_the_same_each_time_and_differ_between_splits(scenes, classes):
+    a, b, val = (ShapesDataset(split, 30, scenes=scenes) for split in ("train", "train", "val"))
     first = [a[i] for i in range(30)]
     for i in reversed(range(30)):
         assert torch.equal(b[i][0], first[i][0])
         assert torch.equal(b[i][1]["boxes"], first[i][1]["boxes"])
     assert len({x[i][0].numpy().tobytes() for x in (a, val) for i in range(30)}) == 60
-    assert {k for _, target in first for k in target["labels"].tolist()} == {0, 1, 2}
+    found = {k for _, target in first for k in target["labels"].tolist()}
+    assert found == set(range(classes)) and len(a.classes) == classes
 
 
 def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
@@ -732,6 +735,49 @@ def test_boxes_of_shapes_are_tight_around_the_drawn_pixels():
             assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == [x1, y1, x2, y2]
             seen += labels.tolist()
     assert set(seen) == {0, 1, 2} and len(seen) > 20
+
+
+def scene_of(dataset, i):
+    """Objects of image i as (label, xyxy box, parts), and its pixels."""
+    objects = dataset._scene(i)[2]
+    boxes, labels = dataset.objects(i)
+    assert labels.tolist() == [label for label, _, _ in objects] and len(boxes) == len(objects)
+    return [(k, box.astype(int).tolist(), parts) for (k, _, parts), box in zip(objects, boxes)
+            ], np.array(dataset.read(i))
+
+
+def test_twins_have_an_equal_beyond_sight_and_half_are_twins_whatever_else_is_seen():
+    dataset, rows = ShapesDataset("val", 800, 96, scenes="twins"), []
+    for i in range(800):
+        objects, image = scene_of(dataset, i)
+        outside = np.ones((96, 96), bool)
+        for label, (x1, y1, x2, y2), [(shape, _, color)] in objects:
+            drawn = (image[y1:y2, x1:x2] == color).all(2)            # tight: on all four sides
+            assert drawn[0].any() and drawn[-1].any() and drawn[:, 0].any() and drawn[:, -1].any()
+            outside[y1:y2, x1:x2] = False
+            equal = [box for _, box, [(s, _, c)] in objects if (s, c) == (shape, color)]
+            assert label == (len(equal) == 2) and len(equal) <= 2
+            for a1, b1, a2, b2 in equal:                             # itself, or further off
+                assert (a1, b1) == (x1, y1) or max(a1 - x2, x1 - a2, b1 - y2, y1 - b2) > 25
+            rows.append((label, len(objects), shape, color, x1 > 40, y2 - y1 > 20))
+        used = {color for _, _, [(_, _, color)] in objects}
+        assert not any((image[outside] == color).all(1).any() for color in used)
+    for column in range(1, 6):
+        for value in {row[column] for row in rows}:
+            labels = [row[0] for row in rows if row[column] == value]
+            assert abs(np.mean(labels) - 0.5) < 3.5 / 2 / len(labels) ** 0.5, (column, value)
+
+
+def test_dots_of_one_colour_fill_their_box_and_are_as_many_as_the_class_says():
+    dataset = ShapesDataset("val", 200, 96, scenes="dots")
+    for i in range(200):
+        objects, image = scene_of(dataset, i)
+        assert 1 <= len(objects) <= 3
+        for label, box, parts in objects:
+            mask = (image == parts[0][2]).all(2)
+            rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == box
+            assert ndimage.label(mask, np.ones((3, 3)))[1] == int(dataset.classes[label][0])
 
 
 def test_collate_pads_right_and_below_and_says_where():
@@ -1287,12 +1333,65 @@ def neighbours(n, valid):
     return [(i, j, m) for i, j, m in around if max(abs(i), abs(j)) <= 1 and valid[m]]
 
 
-def test_pool_is_the_mean_of_the_valid_neighbours_minus_the_token():
-    mixer, x, _, valid = mixer_case("pool")
-    y = mixer(x, None, valid, (3, 5))
+def test_avgpool_is_the_mean_of_the_valid_neighbours_and_pool_subtracts_the_token():
+    (avgpool, x, _, valid), pool = mixer_case("avgpool"), mixer_case("pool")[0]
+    mean, difference = avgpool(x, None, valid, (3, 5)), pool(x, None, valid, (3, 5))
     for b, n in valid.nonzero().tolist():
         near = [x[b, m] for _, _, m in neighbours(n, valid[b])]
-        assert_close(y[b, n], sum(near) / len(near) - x[b, n])
+        assert_close(mean[b, n], sum(near) / len(near))
+        assert_close(difference[b, n], sum(near) / len(near) - x[b, n])
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_without_a_mixer_a_layer_is_its_norm_and_feed_forward_alone(pre_norm):
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 15, 16), EncoderLayer(small(mixer="none", pre_norm=pre_norm))
+    by_hand = x if pre_norm else F.layer_norm(x, (16,))
+    y = F.layer_norm(by_hand, (16,)) if pre_norm else by_hand
+    y = by_hand + layer.linear2(F.relu(layer.linear1(y)))
+    by_hand = y if pre_norm else F.layer_norm(y, (16,))
+    assert_close(layer(x, None, None, (3, 5)), by_hand)
+    # identity adds the token again, which a norm after it undoes
+    identity = EncoderLayer(small(mixer="identity", pre_norm=pre_norm))
+    identity.load_state_dict(layer.state_dict())
+    assert torch.allclose(identity(x, None, None, (3, 5)), by_hand, atol=1e-4) == (not pre_norm)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_scale_of_1_on_the_mixers_changes_nothing_and_one_of_0_is_no_mixer(name):
+    plain, scaled, unmixed = (
+        tiny(0, mixer=name), tiny(0, mixer=name, mixer_scale=1.0), tiny(0, mixer="none"))
+    scales = {k: v for k, v in scaled.state_dict().items() if k not in plain.state_dict()}
+    assert {(k.split(".", 3)[3], tuple(v.shape)) for k, v in scales.items()} == {
+        (f"{n}.mixer_scale", (96,)) for n in range(3)} and len(scales) == 2 + 3
+    assert differing(plain.state_dict(), scaled.state_dict()) == scales.keys()
+    images, valid, _ = tiny_batch()
+    for a, b in zip(plain(images, valid), scaled(images, valid)):
+        assert torch.equal(a, b)
+    unmixed.load_state_dict(scaled.state_dict(), strict=False)
+    for scale in scales.values():
+        scale.zero_()
+    for a, b in zip(unmixed(images, valid), scaled(images, valid)):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_positions_at_the_input_are_added_once_to_the_tokens_and_to_the_keys_that_are_read(name):
+    torch.manual_seed(0)
+    grid, valid = (3, 5), ragged(2, 15)
+    x, pos, query_pos = torch.randn(2, 15, 16), torch.randn(2, 15, 16), torch.randn(5, 16)
+    net = Transformer(small(mixer=name, positions="input"))
+    memory = net.encoder(x + pos, torch.zeros_like(pos), valid, grid)
+    expected = net.decoder(query_pos, memory, pos, valid)
+    assert_close(net(x, pos, query_pos, valid, grid), expected)
+    layers = Transformer(small(mixer=name))
+    layers.load_state_dict(net.state_dict())
+    assert not torch.allclose(layers(x, pos, query_pos, valid, grid), expected, atol=1e-3)
+
+
+def test_a_bias_of_two_dimensions_starts_at_0():
+    net = tiny(0, mixer="mlp").transformer
+    assert not any(layer.self_attn.b2.any() for layer in net.encoder.layers + net.decoder.layers)
 
 
 def test_conv_is_a_weighted_sum_of_the_valid_neighbours():
@@ -1351,8 +1450,9 @@ def test_every_trained_parameter_gets_a_gradient_with_every_mixer(name, pre_norm
             assert not p.requires_grad and p.grad is None
             continue
         assert p.requires_grad and p.grad is not None and p.grad.isfinite().all(), key
-        # what the first decoder layer mixes is all zero
-        assert p.grad.any() or key.startswith("transformer.decoder.layers.0."), key
+        # what the first decoder layer mixes is all zero; without a mixer nothing reads its norm
+        idle = key.startswith("transformer.decoder.layers.0.") or name == "none" and ".norm1" in key
+        assert p.grad.any() or idle, key
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -3201,6 +3301,9 @@ def test_the_learning_rate_is_a_function_of_the_step():
         assert math.isclose(train.lr_factor(cosine, at, 10), factor, abs_tol=1e-8), at
     warm = train.TrainConfig(schedule="cosine", epochs=10, warmup_steps=50)
     assert math.isclose(train.lr_factor(warm, 24, 10), 0.5 * 0.86448431, rel_tol=1e-6)
+    falling = train.TrainConfig(schedule="trapezoid", decay_share=0.4, epochs=10, warmup_steps=4)
+    for at, factor in {0: 0.25, 3: 1.0, 60: 1.0, 61: 0.975, 80: 0.5, 99: 0.025}.items():
+        assert math.isclose(train.lr_factor(falling, at, 10), factor), at
 
 
 def test_the_learning_rates_of_a_run_are_those_of_the_schedule(whole):
@@ -3241,6 +3344,12 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     ("--lr_drop 3", ["no effect here: --lr_drop (needs"]),
     ("--warmup_epochs 1 --warmup_steps 2", ["no effect here: --warmup_epochs (needs"]),
     ("--schedule step --min_lr 1", ["no effect here: --min_lr (needs"]),
+    ("--schedule step --decay_share 0.2", ["no effect here: --decay_share (needs"]),
+    ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
+    ("--scenes twin", ["--scenes twin", "plain, twins, dots"]),
+    ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
+    ("--positions somewhere", ["--positions somewhere", "layers, input"]),
+    ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
     ("--data x --train_shapes 9", ["no effect here: --train_shapes (needs"]),
     ("--model poolformer_s12 --num_queries 5", ["--num_queries", "poolformer_s12, a classifier"]),
     ("--model poolformer_s12 --mixer pool", ["--mixer:", "--mixers"]),
@@ -3274,9 +3383,21 @@ def test_an_explicit_flag_wins_over_the_preset():
     assert {name: coco[name] for name in official} == official
 
 
+def test_scenes_other_than_the_plain_ones_are_larger_images():
+    sides = [train.make_configs(given)[2].image_size for given in (
+        {}, dict(scenes="twins"), dict(scenes="dots", image_size=80))]
+    assert sides == [64, 96, 80]
+    cfg = train.make_configs(dict(scenes="twins", train_shapes=20, val_shapes=2))[2]
+    train_set = data.build_dataset(cfg, "train")
+    assert train_set.classes == ["single", "twin"] and train_set[0][0].shape == (3, 96, 96)
+
+
 def test_booleans_have_a_no_flag():
     _, given = train.parse_options(["--no-augment", "--pre_norm"], "")
     assert given == dict(augment=False, pre_norm=True)            # and nothing that was not given
+    for words, value in (("--positions", True), ("--no-positions", False),
+                         ("--positions input", "input")):         # a classifier's, a detector's
+        assert train.parse_options(words.split(), "")[1] == dict(positions=value)
 
 
 # -- evaluate.py and predict.py: files -----------------------------------------------------------

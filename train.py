@@ -124,8 +124,11 @@ def lr_factor(cfg, global_step, steps_per_epoch):
     if cfg.schedule == "step":
         epoch = global_step // steps_per_epoch
         return warmup * 0.1 ** (epoch // cfg.lr_drop)
+    steps = cfg.epochs * steps_per_epoch
+    if cfg.schedule == "trapezoid":
+        return warmup * min(1.0, (steps - global_step) / (cfg.decay_share * steps))
     min_factor = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
-    cosine = 0.5 * (1 + math.cos(math.pi * global_step / (cfg.epochs * steps_per_epoch)))
+    cosine = 0.5 * (1 + math.cos(math.pi * global_step / steps))
     return warmup * (min_factor + (1 - min_factor) * cosine)
 
 
