@@ -2630,7 +2630,7 @@ def ranks(tmp_path_factory):
     for world in (2, 3):
         ports = [str(stress.free_port()) for _ in range(6)]
         job = mp.spawn(rank_job, (world, ports, str(folder)), nprocs=world, join=False)
-        end = time.time() + 40
+        end = time.time() + 150
         while not job.join(timeout=1):
             if time.time() > end:
                 [process.kill() for process in job.processes]
