@@ -9,6 +9,7 @@ predict and continue.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ try:
 except ImportError:                                                  # Windows has none
     fcntl = None
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, UserFileError, check_output, writing
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
@@ -76,10 +77,11 @@ def official_fields(path, state, dilation):
     """The fields of the ModelConfig of an official DETR's file, from its tensors' names and shapes;
     DC5 from the file's name or `dilation`."""
     weights = state.get("model", state) if isinstance(state, dict) else {}
-    if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
+    dims = {"class_embed.bias": 1, "query_embed.weight": 2,
+            "transformer.decoder.layers.0.linear1.weight": 2}
+    if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
-                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
-                        f"NAME)")
+                        f"released DETR file, or a classifier's with --model NAME")
 
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
@@ -147,7 +149,7 @@ def check_same_blocks(name, config, cfg, strict):
         mixers = ",".join(mixer for *_, mixer in c.stages)
         return {**shown, "mixers": mixers, "pool_size": c.pool_size} if strict else shown
 
-    theirs, ours = hidden_options(MetaFormerConfig(**config)), hidden_options(cfg)
+    theirs, ours = hidden_options(config_of(name, config, MetaFormerConfig)), hidden_options(cfg)
     differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
               for f in ours if theirs[f] != ours[f]]
     if differ:
@@ -169,7 +171,8 @@ def load_weights(model, source, strict=True):
     file = read_checkpoint(source) if from_file else source
     state = file.get("model", file) if isinstance(file, dict) else file
     if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+            isinstance(k, str) and getattr(v, "layout", None) == torch.strided
+            for k, v in state.items()):
         raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
 
     # which part of the model the file is for, and in which names
@@ -200,7 +203,8 @@ def load_weights(model, source, strict=True):
             by_design = False
         by_design |= key.endswith("num_batches_tracked")
         may_differ = not strict and (key.startswith(("class_embed.", "head."))
-                                     or ".self_attn." in key or ".token_mixer." in key)
+                                     or ".self_attn." in key or ".token_mixer." in key
+                                     or key.endswith(".mixer_scale"))
         (report if by_design or may_differ else faults).append(line)
     if faults:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
@@ -300,33 +304,37 @@ def lock_output_dir(out):
     path = os.path.join(out, "lock.txt")
     try:
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
-                            f"another") from None
-    try:
+        file = open(path, "a+", errors="replace")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by workers
-    except OSError:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         raise UserFileError(f"another run writes to {out} ({file.read().strip()}): give another "
                             f"--output_dir, or end that one") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                                f"another") from None
+        print(f"note     {out} is on a file system without locks: a second run there would not be "
+              f"noticed")
     return file
 
 
-def check_output_dir(out, model):
-    """Raises UserFileError before training if the folder cannot hold the files of a run."""
+def check_output_dir(cfg, model):
+    """Raises UserError before training if the folder cannot hold the files of a run."""
+    out = cfg.output_dir
     try:
-        os.makedirs(out, exist_ok=True)
         probe = os.path.join(out, "ckpt.pt.tmp")
         with open(probe, "wb"):
             os.remove(probe)
     except OSError as error:
         raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
                             f"another") from None
+    for name in ("ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"):
+        check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
     ours = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
@@ -405,7 +413,8 @@ def read_run(path, state=None):
     state.setdefault("paths", {})                                   # format 1 has none
     wrong = [name for name, type_ in wanted.items() if not isinstance(state.get(name), type_)]
     if not wrong:
-        classes, ids = state["classes"], state.get("category_ids") or state["classes"]
+        classes = state["classes"]
+        ids = state["category_ids"] = state.get("category_ids") or list(range(len(classes)))
         sound = dict(
             epoch=state["epoch"] >= 0, step=state["step"] >= 0,
             classes=len(classes) == state["model_config"].get("num_classes")
@@ -498,13 +507,13 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
 def truncate_logs(out, epoch, step, resumed):
     """Drops from the logs the records of steps that will be done again, and a line that was cut
-    off. What else is lost that way, another run's log or no log at all, is kept in NAME.bak."""
+    off. What else is lost that way, another run's log or no log at all, is added to NAME.bak."""
     paths = [os.path.join(out, name) for name in ("log.txt", "steps.txt")]
     # a run killed before its first checkpoint leaves a steps.txt but no log.txt
-    another_run = not resumed and os.path.exists(paths[0])
+    another_run = not resumed and os.path.exists(paths[0]) and os.path.getsize(paths[0]) > 0
     for path in filter(os.path.exists, paths):
         kept, foreign = [], another_run
-        with open(path, errors="replace") as file:
+        with writing(path), open(path, errors="surrogateescape") as file:
             lines = file.readlines()
         for line in lines:
             try:
@@ -513,8 +522,10 @@ def truncate_logs(out, epoch, step, resumed):
                     kept.append(line)
             except (ValueError, TypeError, KeyError, AttributeError):
                 foreign |= line.endswith("\n")                       # not one that was cut off
-        if foreign:
-            shutil.copyfile(path, path + ".bak")
-        with open(path + ".tmp", "w") as file:
-            file.writelines([] if another_run else kept)
-        os.replace(path + ".tmp", path)
+        with writing(path):
+            if foreign:
+                with open(path + ".bak", "a", errors="surrogateescape") as file:
+                    file.writelines(lines)
+            with open(path + ".tmp", "w") as file:
+                file.writelines([] if another_run else kept)
+            os.replace(path + ".tmp", path)

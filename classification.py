@@ -367,8 +367,8 @@ def classification_loss(logits, targets, smoothing=0.0, normalizers=None, class_
     loss = F.cross_entropy(logits.float(), targets, weight, reduction="sum",
                            label_smoothing=smoothing)
     labels = targets if targets.dim() == 1 else targets.argmax(1)
-    wrong = (logits.argmax(1) != labels).float()
-    return {"loss": loss / images, "class_error": 100 * wrong.mean()}
+    wrong = (logits.argmax(1) != labels).sum()
+    return {"loss": loss / images, "class_error": 100 * wrong / images}
 
 
 def classification_losses(run, images, valid, targets, normalizers, global_step):

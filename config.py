@@ -12,6 +12,7 @@ import torch.distributed as dist
 from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
+from scenes import SCENES
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
@@ -33,6 +34,7 @@ class TrainConfig:
     val_split: Annotated[float, "of a data set with one split, the share to validate on", 0] = 0.0
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
+    scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py", SCENES] = "plain"
     overfit: Annotated[int, "train and evaluate on the first N images: try this first", 0] = 0
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
@@ -46,9 +48,10 @@ class TrainConfig:
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it", 0] = 1e-5
     weight_decay: Annotated[float, "of AdamW", 0] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0: no clipping", 0] = 0.1
-    schedule: Annotated[str, "a tenth every lr_drop epochs, or a cosine to min_lr",
-                        ("step", "cosine")] = "step"
+    schedule: Annotated[str, "a tenth every lr_drop epochs, a cosine to min_lr, or constant, then "
+                             "linear to 0", ("step", "cosine", "trapezoid")] = "step"
     min_lr: Annotated[float, "where the cosine schedule takes --lr", 0] = 0.0
+    decay_share: Annotated[float, "trapezoid: share of the run in which the rate falls", 0] = 0.3
     lr_drop: Annotated[int, "epochs between the drops of the step schedule", 1] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
@@ -82,6 +85,8 @@ class TrainConfig:
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
+        if not 0 < self.decay_share <= 1:
+            raise UserError(f"--decay_share {self.decay_share} must be over 0 and at most 1")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -180,6 +185,8 @@ def with_resumed(given):
 def with_presets(given, kind):
     """The options given, over the presets of the kind of data and of --overfit."""
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
+    if kind == "shapes" and options.get("scenes", "plain") != "plain":
+        options["image_size"] = given.get("image_size", 96)          # sees less of them at a time
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
     if given.get("warmup_epochs") and not given.get("warmup_steps"):
@@ -208,9 +215,11 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "val_split": ("--data or --train_json", cfg.kind == "coco"),
              "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
+             "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
-             "val_shapes": ("the built-in data", built_in)}
+             "val_shapes": ("the built-in data", built_in),
+             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes")}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()
             if name in given and not met]
     if idle:

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 import torch
 
-from images import draw_ground, draw_shape, ground_colors, read_image, resized
+from images import draw_ground, draw_shape, read_image, resized
+from scenes import SCENES
 from coco_eval import UserError
 from check_data import (cached_arrays, check_coco, coco_faults, describe_boxes, file_faults,
                         read_instances, refuse)
@@ -321,20 +322,21 @@ class ShapesDataset(DetectionDataset):
     """Generated images of rectangles, ellipses and triangles: nothing to download.
 
     split: "train" or "val", which differ in every image; n: how many images; side: of the square
-    images, in pixels. One to four objects of 1/5 to 3/5 of the side, in any colour that differs
-    from the ground, partly over one another, on plain, shaded, striped or noisy ground. Image i is
-    a pure function of (split, i, side), drawn each time it is read.
+    images, in pixels; scenes: what lies where, "plain" or another of scenes.py. The ground is
+    plain, shaded, striped or noisy. Image i is a pure function of (split, i, side, scenes), drawn
+    each time it is read.
     """
 
-    def __init__(self, split="train", n=8000, side=64, augment=False, seed=42):
+    def __init__(self, split="train", n=8000, side=64, augment=False, seed=42, scenes="plain"):
         super().__init__(side, None, augment, seed)
         self.split, self.side = split, side
-        self.classes, self.category_ids = ["rectangle", "ellipse", "triangle"], [1, 2, 3]
+        names, self.make_scene = SCENES[scenes]
+        self.classes, self.category_ids = list(names), list(range(1, len(names) + 1))
         self.image_ids, self.files = np.arange(1, n + 1), np.arange(n)
         self.sizes = np.full((n, 2), side)
 
-        # the objects of all images in a row: (label, xywh, colour)
-        scenes = [self._scene(i)[1] for i in range(n)]
+        # the objects of all images in a row: (label, xywh, what is drawn)
+        scenes = [self._scene(i)[2] for i in range(n)]
         objects = [o for scene in scenes for o in scene]
         self.offsets = np.cumsum([0] + [len(s) for s in scenes])
         self.boxes = np.array([o[1] for o in objects], np.float64)
@@ -343,37 +345,17 @@ class ShapesDataset(DetectionDataset):
         self.crowd = np.zeros(len(objects), bool)
 
     def _scene(self, i):
-        """Random state, objects (label, xywh, colour) back to front, and the two ground colours."""
-        rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
-        ground, objects = ground_colors(rng), []
-        for _ in range(rng.randint(1, 4)):
-            # a colour unlike both of the ground
-            color = ground[0]
-            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
-                color = tuple(rng.randrange(256) for _ in range(3))
-
-            # a place where it covers little of the others; after 20 tries it is left out
-            for _ in range(20):
-                w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
-                x, y = rng.randint(0, side - w), rng.randint(0, side - h)
-                if all(self._covered((x, y, w, h), o[1]) < 0.3 for o in objects):
-                    objects.append((rng.randrange(3), (x, y, w, h), color))
-                    break
-        return rng, objects, ground
-
-    @staticmethod
-    def _covered(a, b):
-        """Share of the smaller of two xywh boxes that lies in the other."""
-        w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-        h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-        return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+        """Random state, the two ground colours, and the objects back to front."""
+        rng = random.Random(f"shapes {self.split} {i} {self.side}")
+        return rng, *self.make_scene(rng, self.side)
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        rng, objects, ground = self._scene(self.files[i])            # not i: see keep_only
+        rng, ground, objects = self._scene(self.files[i])            # not i: see keep_only
         image = draw_ground(rng, ground, self.side)
-        for label, box, color in objects:
-            draw_shape(image, rng, label, box, fill=color)
+        for _, _, parts in objects:
+            for shape, box, color in parts:
+                draw_shape(image, rng, shape, box, fill=color)
         return image
 
 
@@ -544,9 +526,10 @@ def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
         dataset = ImageFolder(cfg.data, source, cfg.image_size, crop_fraction, augment, cfg.seed,
                               classes)
     else:
-        built_in = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
         n = cfg.train_shapes if source == "train" else cfg.val_shapes
-        dataset = built_in(source, n, cfg.image_size, augment, cfg.seed)
+        options = source, n, cfg.image_size, augment, cfg.seed
+        dataset = (ShapesDataset(*options, cfg.scenes) if cfg.kind == "shapes" else
+                   ShapesClassification(*options))
     return dataset.keep_only(cfg.overfit) if cfg.overfit else dataset
 
 

@@ -123,16 +123,18 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_w
              + cfg.giou_loss_coef * loss_giou).sum()
     return {"loss": total, **by_layer("loss_ce", loss_ce), **by_layer("loss_bbox", loss_bbox),
             **by_layer("loss_giou", loss_giou),
-            **log_metrics(logits.detach(), index, labels, targets)}
+            **log_metrics(logits.detach(), index, labels, targets, normalizers)}
 
 
 @torch.no_grad()
-def log_metrics(logits, index, labels, targets):
+def log_metrics(logits, index, labels, targets, normalizers):
     """class_error of the last layer and cardinality_error of all, for the log alone."""
+    _, matched, images = normalizers.tolist()
     guess = logits.argmax(-1)                                                           # (L, B, Q)
-    wrong = (guess[index][-1] != labels[-1]).float()
-    class_error = 100 * wrong.mean() if len(wrong) else logits.new_tensor(100.0)
+    wrong = (guess[index][-1] != labels[-1]).sum()
+    # without any object, 100 % of the images stand for the share of wrong queries
+    share = wrong / matched if matched else logits.new_tensor(len(targets) / images)
     found = (guess != logits.shape[-1] - 1).sum(-1).float()                             # (L, B)
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-    return {"class_error": class_error,
-            **by_layer("cardinality_error", (found - objects).abs().mean(1))}
+    return {"class_error": 100 * share,
+            **by_layer("cardinality_error", (found - objects).abs().sum(1) / images)}

@@ -8,6 +8,7 @@ An annotation holds the type, the help, and where there is a limit the least num
 """
 
 import argparse
+import math
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -28,8 +29,9 @@ def check_options(config):
         wanted = (int, float) if type_ is float else type_
         if not isinstance(value, wanted) or type_ is not bool and isinstance(value, bool):
             raise UserError(f"--{name} {value!r} must be of type {type_.__name__}")
-        if type_ is not str and not -2**63 < value < 2**63:          # refuses NaN, too
-            raise UserError(f"--{name} {value} must be a number below 2**63")
+        largest = {int: 2**63, float: 1e38}.get(type_, math.inf)     # of int64 and float32
+        if type_ is not str and not -largest < value < largest:      # refuses NaN, too
+            raise UserError(f"--{name} {value} must be a number below {largest}")
         if limit is None:
             continue
         if type_ is str and value not in limit:
@@ -44,7 +46,8 @@ def read_options(argv, description, configs, presets, hidden=()):
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
     --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both. Abbreviations are off, so that a typo is an error.
+    one flag, whose help has both; if one is a boolean, the later. Abbreviations are off, so that a
+    typo is an error.
     """
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]", description=description, allow_abbrev=False,
@@ -62,6 +65,10 @@ def read_options(argv, description, configs, presets, hidden=()):
             text = f"{text} ({'; '.join(defaults)})".replace("%", "%%")
             if field.name in flags:
                 flags[field.name].help += f"; {config.__name__}: {text}"
+                if type_ is bool:                  # a value for one model, none for the other
+                    flags[field.name].nargs, flags[field.name].const = "?", True
+                    group.add_argument(f"--no-{field.name}", dest=field.name, help="see above",
+                                       action="store_false", default=argparse.SUPPRESS)
             elif field.name not in hidden:
                 kind = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(
                     type=type_)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from coco_eval import UserError
+from coco_eval import UserError, writing
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
@@ -39,7 +39,8 @@ from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_config
 from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
-                    epoch_record, explain, hint, hms, ignore_signals, say)
+                    epoch_record, explain, hint, ignore_signals, say, say_best,
+                    share_in_class_losses, share_in_detection_losses)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -125,8 +126,11 @@ def lr_factor(cfg, global_step, steps_per_epoch):
     if cfg.schedule == "step":
         epoch = global_step // steps_per_epoch
         return warmup * 0.1 ** (epoch // cfg.lr_drop)
+    steps = cfg.epochs * steps_per_epoch
+    if cfg.schedule == "trapezoid":
+        return warmup * min(1.0, (steps - global_step) / (cfg.decay_share * steps))
     min_factor = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
-    cosine = 0.5 * (1 + math.cos(math.pi * global_step / (cfg.epochs * steps_per_epoch)))
+    cosine = 0.5 * (1 + math.cos(math.pi * global_step / steps))
     return warmup * (min_factor + (1 - min_factor) * cosine)
 
 
@@ -149,10 +153,11 @@ def detection_losses(run, images, valid, targets, normalizers, global_step):
 
 
 # the functions in which detectors and classifiers differ; a run chooses once, in start_run
-Task = namedtuple("Task", "losses evaluate report draw")
-DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
-CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
-                      draw_classes)
+Task = namedtuple("Task", "losses evaluate validation_losses report draw")
+DETECTION = Task(detection_losses, evaluate, share_in_detection_losses, detection_report,
+                 draw_detections)
+CLASSIFICATION = Task(classification_losses, evaluate_classifier, share_in_class_losses,
+                      classification_report, draw_classes)
 
 
 @dataclass
@@ -202,16 +207,16 @@ def finish_epoch(run, interval):
     is_best = False
     if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
         run.interrupt["safe"] = True                                # a signal may end it at once
-        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype)
+        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
+                                   run.task.validation_losses(run))
         run.interrupt["safe"] = False
-        score, line, entries = run.task.report(result)
+        score, entries = run.task.report(run, result, interval.elapsed())    # prints the line
         is_best = score > run.best_score
         run.best_score = max(score, run.best_score)
         record.update(entries)
-        say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
-                 f"images, {hms(interval.elapsed())} since the start")
         if run.rank == 0:
-            run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+            with writing(f"{out}/predictions.jpg"):
+                run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
     if run.rank == 0:
         append_json(f"{out}/log.txt", record)
     if is_best:
@@ -242,8 +247,7 @@ def forward_backward(run, micro_batches, normalizers, global_step):
             losses["loss"].backward()
 
         for name, value in losses.items():
-            share = 1 if name.startswith("loss") else 1 / len(micro_batches)     # errors are means
-            totals[name] = totals.get(name, 0) + share * value.detach()
+            totals[name] = totals.get(name, 0) + value.detach()
     return totals
 
 
@@ -303,7 +307,7 @@ def train(run):
             interval.add(losses)
 
             # the only place, besides the matching, where the host waits for the device
-            if interval.steps == cfg.log_every or run.step == sampler.steps or stopping or saving:
+            if interval.is_due(run) or stopping or saving:
                 interval.close(run)                                 # checks, prints, steps.txt
             if saving and not stopping and run.step < sampler.steps:
                 save_run(run, keep_previous=True)
@@ -312,8 +316,10 @@ def train(run):
         # a signal may have come since agree()
         if sum_over_processes(torch.tensor(run.interrupt["stop"])) > 0:
             say(run, f"stopped; the same command continues from {cfg.output_dir}/ckpt.pt")
+            say_best(run)
             return run.interrupt["code"]
         finish_epoch(run, interval)
+    say_best(run)
     return 0
 
 
@@ -396,7 +402,7 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
               dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock,
               class_weights=class_weights(cfg.class_weights, train_set))
     if rank == 0:
-        check_output_dir(cfg.output_dir, raw_model)
+        check_output_dir(cfg, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
     continue_run(run, state)
     return run
