@@ -140,8 +140,10 @@ def load_finetune(model, path, classes):
         what = first.removeprefix("the state dict ").split(";")[0]
         raise UserError(f"--finetune {path} {what}" + (f", such as {rest[0]}" if rest else "")
                         ) from None
-    if len(report) > 6:
-        report = [f"{len(report)} tensors differ, such as {report[0]}"]
+    if len(report) > 6:                            # the mixers of all layers
+        fresh = sum(line.endswith("newly initialised") for line in report)
+        report = [f"{fresh} tensors newly initialised, {len(report) - fresh} of the file left out, "
+                  f"the first: {report[0]}"]
     return [f"weights  {path}", *(f"         {line}" for line in lines + report or ["all taken"])]
 
 

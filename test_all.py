@@ -3338,7 +3338,7 @@ def write_files(files, root="."):
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
-            path.write_text(content)
+            path.write_text(content, errors="surrogateescape")
         else:
             Image.new("RGB", content, (len(name), 9, 9)).save(path)
 
@@ -3514,6 +3514,10 @@ def voc_file(text):
     ({**YOLO_1, "t.txt": "images/train/c.jpg", "data.yaml": f"{CAT_DOG_NAMES}train: t.txt"},
      "t.txt, line 1: image images/train/c.jpg not found"),
     ({**YOLO_1, "classes.txt": "cat\ncat"}, "name 'cat' occurs twice, rename one"),
+    ({**YOLO_1, "labels/train/classes.txt": "cat\ndog", "labels/val/classes.txt": "cat\ndogs"},
+     "val/classes.txt names other classes than .*train/classes.txt: make them alike"),
+    ({**YOLO_1, "data.yaml": f"{CAT_DOG_NAMES}train: labels/train\n"}, "no image; is it the fold"),
+    (yolo_line("0 0.5 0.5 0.1 0.1 \udcff"), "a.txt: cannot be read as text .*; save it as UTF-8"),
     (voc_file(VOC_TEXT[:-8]), "a.xml, line 5: the XML does not parse .*; mend"),
     (voc_file(""), "a.xml, line 1: the XML does not parse"),
     (voc_file("<annotations/>"), "a.xml, line 1: the root is <annotations>"),
