@@ -16,8 +16,8 @@ from scenes import SCENES
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
-from finetune import check_freeze
 from model import BACKBONES, MODELS, ModelConfig, build_model
+from finetune import check_freeze
 from losses import LossConfig
 
 

@@ -687,7 +687,8 @@ def data_paths(cfg, split):
 def evaluated_share(folder, options):
     """The --val_split of an evaluation on a folder, or on files: that of the training, whose
     options are a dict, where the folder is the training's; else 1, all of a single split."""
-    same = folder and os.path.realpath(folder) == os.path.realpath(options.get("data", ""))
+    trained_on = options.get("data")
+    same = folder and trained_on and os.path.realpath(folder) == os.path.realpath(trained_on)
     return options.get("val_split", 0.0) if same else 1.0
 
 
