@@ -427,7 +427,7 @@ def main(argv=None):
             faults += found
             continue
         datasets[split] = dataset
-        kind = f" ({dataset.format})" if hasattr(dataset, "format") else ""
+        kind = f" ({dataset.format_name})" if hasattr(dataset, "format_name") else ""
         print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}{kind}", flush=True)
         sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:

@@ -295,7 +295,7 @@ class CocoDataset(DetectionDataset):
                  classes=None):
         super().__init__(image_size, max_size, augment, seed)
         self.source, self.image_dir = str(json_path), str(image_dir)
-        self.format = getattr(json_path, "format", "COCO")
+        self.format_name = getattr(json_path, "format_name", "COCO")
 
         # a large file is read once, then mapped from a cache; the images are looked for each time
         arrays = cached_arrays(self.source, lambda: read_coco(json_path, image_dir))

@@ -201,7 +201,8 @@ def load_model(path, name="", dilation=False):
                 "train": located_data(state)}
     elif name:                                                       # an official classifier
         if name not in METAFORMERS:
-            raise UserError(f"--model {name} is no classifier, {nearest(name, METAFORMERS)}")
+            raise UserError(f"--model {name} is no classifier such as poolformer_s12; "
+                            f"{nearest(name, METAFORMERS)}")
         model, info = build_model(name), {"classes": None, "train": {}}
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))

@@ -39,14 +39,15 @@ from check_data import cached_arrays, coco_faults, read_instances, refuse, short
 class Labels:
     """The annotations of one split in any format; takes the place of the path of a COCO file.
 
-    format: its name; path: the file or folder that messages name; image_dir: of its images;
+    format_name: "COCO", say; path: the file or folder that messages name; image_dir: of its images;
     reader: a function that returns a COCO instances dict and notes, lines for the banner. str() is
     the name that messages use, `path` alone for a whole COCO file.
     """
 
-    def __init__(self, format, path, image_dir, reader=None):
-        self.format, self.path, self.image_dir, self.reader = format, path, image_dir, reader
-        self.name, self.split, self.share, self.notes = path, "", 0.0, []
+    def __init__(self, format_name, path, image_dir, reader=None):
+        self.format_name, self.path, self.image_dir = format_name, path, image_dir
+        self.reader, self.notes = reader, []
+        self.name, self.split, self.share = path, "", 0.0
 
     def __str__(self):
         return self.name
@@ -54,7 +55,7 @@ class Labels:
     def part(self, split, share):
         """The images of these that are the split's, "train" or "val", of which `share` are "val";
         which ones is a hash of their file names, so that it never changes."""
-        part = Labels(self.format, self.path, self.image_dir, self.reader)
+        part = Labels(self.format_name, self.path, self.image_dir, self.reader)
         part.name = f"{self.path} ({split}, --val_split {share:g})"
         part.split, part.share = split, share
         return part
