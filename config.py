@@ -11,6 +11,7 @@ import torch.distributed as dist
 from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
+from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import read_run
@@ -70,11 +71,11 @@ class TrainConfig:
         if any(paths) and not all(paths) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
                             "--val_json and --val_images")
-        if self.max_size > 20_000:
-            raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
-                            f"holds the maps of such images")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed} must be below 2**63")
+        most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise UserError(f"--{name} {getattr(self, name)} is more than {limit:,}, which no "
+                                f"machine holds")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -194,8 +195,14 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
+    resnet = not classifier and model_cfg.backbone in RESNETS
     needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
-             "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
+             "min_lr": ("--schedule cosine and a larger --lr",
+                        cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),
+             "backbone_norm": ("a ResNet as --backbone", resnet),
+             "backbone_stage": ("a MetaFormer as --backbone", not resnet),
+             "backbone_weights": ("no --finetune", not cfg.finetune or
+                                  cfg.backbone_weights == "none"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in)}

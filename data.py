@@ -555,6 +555,9 @@ def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
         dataset = ImageFolder(cfg.data, source, cfg.image_size, crop_fraction, augment, cfg.seed,
                               classes)
     else:
+        if cfg.image_size < 5:
+            raise UserError(f"--image_size {cfg.image_size} is too small for shapes, give 5 or "
+                            f"more")
         built_in = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
         n = cfg.train_shapes if source == "train" else cfg.val_shapes
         dataset = built_in(source, n, cfg.image_size, augment, cfg.seed)

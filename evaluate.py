@@ -268,7 +268,10 @@ def main(argv=None):
 
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
-    result = evaluate(model.to(check_device(args.device)), loader, args.device)
+    try:
+        result = evaluate(model.to(check_device(args.device)), loader, args.device)
+    except UserError as error:
+        raise type(error)(f"{args.checkpoint}: {error}") from None
     if args.save_json:
         with writing(args.save_json), open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset), file)

@@ -89,7 +89,7 @@ def main(argv=None):
             results.append({"file": path, "error": str(error)})
             failed += 1
             continue
-        found = detect_image(model, image, path, *size)
+        found = detect_image(model, image, f"{path} by {args.checkpoint}", *size)
         keep = np.flatnonzero(found["scores"] >= args.threshold)[:args.top]
         boxes, scores = found["boxes"][keep], found["scores"][keep]
         names = [info["classes"][k] or f"class {k}" for k in found["labels"][keep]]
