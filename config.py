@@ -13,6 +13,7 @@ from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
 from scenes import SCENES
+from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
@@ -74,11 +75,16 @@ class TrainConfig:
         if any(paths) and not all(paths) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
                             "--val_json and --val_images")
-        if self.max_size > 20_000:
-            raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
-                            f"holds the maps of such images")
+        most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise UserError(f"--{name} {getattr(self, name)} is more than {limit:,}, which no "
+                                f"machine holds")
         if not 0 < self.decay_share <= 1:
             raise UserError(f"--decay_share {self.decay_share} must be over 0 and at most 1")
+        if self.image_size < 5 and self.kind in ("shapes", "shape_classes"):
+            raise UserError(f"--image_size {self.image_size} is too small for shapes, give 5 or "
+                            f"more")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -202,9 +208,15 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
+    resnet = not classifier and model_cfg.backbone in RESNETS
     needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
-             "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
+             "min_lr": ("--schedule cosine and a larger --lr",
+                        cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),
+             "backbone_norm": ("a ResNet as --backbone", resnet),
+             "backbone_stage": ("a MetaFormer as --backbone", not resnet),
+             "backbone_weights": ("no --finetune", not cfg.finetune or
+                                  cfg.backbone_weights == "none"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),

@@ -39,6 +39,8 @@ def check_options(config):
             raise UserError(f"--{name} {value} is unknown, use one of: {known}")
         if type_ is not str and not value >= limit:
             raise UserError(f"--{name} {value} must be a number of at least {limit}")
+        if type_ is int and value >= 2**63:
+            raise UserError(f"--{name} {value} must be below 2**63")
 
 
 def read_options(argv, description, configs, presets, hidden=()):

@@ -3125,14 +3125,17 @@ def test_no_command_writes_over_what_it_reads(tmp_path):
     assert "out/best.pt would be" in run(*TINY, "--finetune", "out/best.pt")
 
 
-def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
-    assert run(*TINY, "--seed", 20261121150000, "--epochs", 1) == 0
+def test_a_long_seed_and_data_of_crowds_alone(tmp_path, capsys):
+    assert run(*TINY, "--seed", 20261121150000, "--epochs", 1, "--output_dir", "a") == 0
     files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
     content = json.loads(files[1].read_text())
     for record in content["annotations"]:
         record["iscrowd"] = 1
     files[1].write_text(json.dumps(content))
     assert "no annotations but crowds" in run(*TINY_FILES, *files, "--output_dir", "b")
+    val = "--val_json", files[1], "--val_images", files[3]           # the crowds
+    assert run(*TINY_FILES, *coco_files(tmp_path / "t", "train", 9), *val, "--epochs", 1) == 0
+    assert "validation images have no objects" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
@@ -3350,6 +3353,11 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
+    ("--schedule cosine --lr 1e-3 --min_lr 1", ["no effect here: --min_lr (needs"]),
+    ("--backbone poolformer_s12 --backbone_norm batch", ["no effect here: --backbone_norm"]),
+    ("--backbone resnet18 --backbone_stage 4", ["no effect here: --backbone_stage (needs"]),
+    ("--finetune a --backbone_weights b", ["no effect here: --backbone_weights (needs"]),
+    ("--num_workers 100000", ["--num_workers 100000 is more than 1,000"]),
     ("--data x --train_shapes 9", ["no effect here: --train_shapes (needs"]),
     ("--model poolformer_s12 --num_queries 5", ["--num_queries", "poolformer_s12, a classifier"]),
     ("--model poolformer_s12 --mixer pool", ["--mixer:", "--mixers"]),
@@ -3440,9 +3448,9 @@ def test_a_detector_whose_detections_are_not_finite_is_refused(whole):
     state = checkpoint(whole / "ckpt.pt")
     state["model"]["bbox_embed.layers.2.bias"][1] = math.nan
     torch.save(state, "spoilt.pt")
-    refused("detections of image 1 are not finite", evaluate_py, "spoilt.pt")
+    refused("spoilt.pt: the detections of image 1 are not finite", evaluate_py, "spoilt.pt")
     Image.new("RGB", (40, 30)).save("photo.png")
-    words = "detections of image photo.png are not finite"
+    words = "detections of image photo.png by spoilt.pt are not finite"
     refused(words, predict.main, ["spoilt.pt", "photo.png"])
 
 
