@@ -179,8 +179,9 @@ def in_child(part, folder="-", command=()):
     environment = dict(os.environ)
     if folder == "-":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    out = subprocess.run([sys.executable, *(command or sys.argv), "--child", part, folder], env=environment,
-                         stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, *(command or sys.argv), "--child", part, folder]
+    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True,
+                         check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 

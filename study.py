@@ -11,7 +11,7 @@ one thread; all arms of a seed see the same images in the same order. Ctrl-C sto
 their checkpoints, and the same command continues. What stands after -- goes to every run.
 
 Tables are printed in Markdown. All numbers are added to assets/study.json, each run with the commit
-it ran on ("-dirty": files were changed); the pictures assets/study_*.png need matplotlib.
+it ran on ("-dirty": a program was changed); the pictures assets/study_*.png need matplotlib.
 """
 
 import argparse
@@ -190,10 +190,14 @@ def finished(job):
 
 
 def commit():
-    """The commit of this code, with "-dirty" if files were changed, or "unknown"."""
-    done = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"],
-                          capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The commit of this code, with "-dirty" if a program was changed since, or "unknown"."""
+    def git(*words):
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout
+    try:
+        head, changed = git("rev-parse", "--short", "HEAD"), git("diff", "HEAD", "--", "*.py")
+    except OSError:                                                  # there is no git
+        return "unknown"
+    return head.strip() + ("-dirty" if changed else "") or "unknown"
 
 
 def start(job):

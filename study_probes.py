@@ -30,12 +30,12 @@ from evaluate import evaluate, load_model
 # -- the fluctuation: statistics -----------------------------------------------------------------
 
 def running_deviation(losses, window=50):
-    """Standard deviation of (loss - m) / m, m the mean of the `window` steps around a step, or of
-    half of all losses if those are fewer."""
+    """Root of the mean square of (loss - m) / m, m the mean of the `window` steps around a step, or
+    of half of all losses if those are fewer."""
     losses, window = np.asarray(losses, float), min(window, (len(losses) + 1) // 2)
     mean = np.convolve(losses, np.full(window, 1 / window), "valid")
     middle = losses[window // 2:][:len(mean)]
-    return float(((middle - mean) / mean).std())
+    return float(np.sqrt((((middle - mean) / mean)**2).mean()))
 
 
 def spread_around_line(values):
