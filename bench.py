@@ -269,7 +269,7 @@ def step_run(args, model, network, batch):
     run = SimpleNamespace(                                  # the fields of a Run that a step reads
         cfg=cfg, loss_cfg=losses.LossConfig(), task=train.DETECTION, model=network, world=1,
         optimizer=train.build_optimizer(model, cfg), device=args.device,
-        dtype=getattr(torch, args.dtype))
+        dtype=getattr(torch, args.dtype), class_weights=None)
     return lambda: train.train_step(run, [batch], normalizers, 0)
 
 

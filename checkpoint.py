@@ -269,30 +269,6 @@ def load_backbone(model, weights):
     return load_weights(model, state)
 
 
-def first_weights(model, cfg, state, classes):
-    """Gives the model the weights to start from: of a checkpoint's state, --finetune or
-    --backbone_weights. Returns lines for the banner."""
-    if state:
-        if state["classes"] != classes:
-            raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
-                            f"the data {classes[:20]}; --finetune starts with another head")
-        load_weights(model, state)
-        return []
-    if cfg.finetune:
-        source = read_checkpoint(cfg.finetune)
-        if isinstance(source, dict) and source.get("classes", classes) != classes:
-            source["model"] = {k: v for k, v in source["model"].items()
-                               if "class_embed" not in k and not k.startswith("head.")}
-        report = load_weights(model, source, strict=False)
-        first = f"weights  {cfg.finetune}"
-    elif cfg.backbone_weights != "none":
-        report = load_backbone(model, cfg.backbone_weights)
-        first = f"weights  of the backbone: {cfg.backbone_weights}"
-    else:
-        return []
-    return [first, *(f"         {line}" for line in report or ["all taken"])]
-
-
 def load_optimizer(optimizer, state):
     """The state of a checkpoint's optimizer, with the rates and the weight decay given now."""
     now = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimizer.param_groups]
@@ -304,8 +280,8 @@ def load_optimizer(optimizer, state):
         sound = False
     if not sound:
         raise UserError("--resume: the optimizer's state is of other trained tensors; "
-                        "--lr_backbone cannot change between 0 and more, --finetune starts "
-                        "anew")
+                        "--freeze, and --lr_backbone between 0 and more, cannot change, --finetune "
+                        "starts anew")
     for group, options in zip(optimizer.param_groups, now):
         group.update(options)
 

@@ -17,6 +17,7 @@ from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
+from finetune import check_freeze
 from model import BACKBONES, MODELS, ModelConfig, build_model
 from losses import LossConfig
 
@@ -26,11 +27,12 @@ class TrainConfig:
     """What is trained on, and how. The defaults are the official DETR's; PRESETS change them."""
     model: Annotated[str, "the network, whose parts the options below can change", MODELS] = (
         "detr_r50")
-    data: Annotated[str, "COCO: annotations/, train2017/, val2017/; classifiers: train/, val/"] = ""
+    data: Annotated[str, "folder in COCO, YOLO or VOC format; classifiers: train/, val/"] = ""
     train_json: Annotated[str, "training annotations, a COCO instances file with any ids"] = ""
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
     val_images: Annotated[str, "folder of the validation images"] = ""
+    val_split: Annotated[float, "of a data set with one split, the share to validate on", 0] = 0.0
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
     scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py", SCENES] = "plain"
@@ -55,7 +57,9 @@ class TrainConfig:
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
-    finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
+    finetune: Annotated[str, "start from the weights of this checkpoint, as far as they fit"] = ""
+    freeze: Annotated[str, "parts to keep as they are: backbone,encoder,decoder,heads"] = ""
+    class_weights: Annotated[str, "of the loss: balanced, or a JSON file {class: weight}"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
     output_dir: Annotated[str, "folder of checkpoints, logs and pictures"] = "out"
     save_minutes: Annotated[float, "minutes between checkpoints; 0: after epochs only", 0] = 10.0
@@ -72,9 +76,13 @@ class TrainConfig:
     def __post_init__(self):
         check_options(self)
         paths = self.train_json, self.train_images, self.val_json, self.val_images
-        if any(paths) and not all(paths) or self.data and any(paths):
+        divided = self.val_split and all(paths[:2]) and not any(paths[2:])
+        if any(paths) and not (all(paths) or divided) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
-                            "--val_json and --val_images")
+                            "--val_json and --val_images, or the first two and --val_split")
+        if self.val_split > 1:
+            raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
+        check_freeze(self)
         most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
         for name, limit in most.items():
             if getattr(self, name) > limit:
@@ -123,7 +131,8 @@ PRESETS = {
                     smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 # options of TrainConfig that mean nothing to a classifier
-DETECTOR_ONLY_OPTIONS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
+DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
+                         "backbone_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 
@@ -209,7 +218,9 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
     resnet = not classifier and model_cfg.backbone in RESNETS
-    needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
+    needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
+             "val_split": ("--data or --train_json", cfg.kind == "coco"),
+             "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
              "min_lr": ("--schedule cosine and a larger --lr",
                         cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),

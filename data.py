@@ -5,7 +5,7 @@
     image, target = dataset[0]                                         # uint8 (3, H, W), dict
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 8), collate_fn=collate)
 
-    python data.py DIR [--images]                          # check a data set: see check_data.py
+    python data.py DIR [--images] [--to coco.json] [--draw 16]     # check, convert, draw a data set
 
 Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) float32 cxcywh in
 [0, 1] of the unpadded image, "index" (position in the data set), "orig_size" (height, width).
@@ -22,9 +22,10 @@ import torch
 
 from images import draw_ground, draw_shape, read_image, resized
 from scenes import SCENES
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError
 from check_data import (cached_arrays, check_coco, coco_faults, describe_boxes, file_faults,
                         read_instances, refuse)
+from formats import data_paths
 from classification import ImageFolder, ShapesClassification
 
 
@@ -247,9 +248,10 @@ class DetectionDataset(torch.utils.data.Dataset):
 # something, cached_arrays keeps the arrays of a large file on disk, describe_boxes counts
 
 def read_coco(json_path, image_dir):
-    """The arrays of DetectionDataset by name, from a COCO instances file; instead of classes and
-    labels, category_names (K,), and categories (M,), which are indices into it. Images and
-    categories by ascending id. Raises UserError that lists all faults of file and folder."""
+    """The arrays of DetectionDataset by name, from a COCO instances file or the Labels of another
+    format; instead of classes and labels, category_names (K,), and categories (M,), which are
+    indices into it. Images and categories by ascending id. Raises UserError that lists all faults
+    of file and folder."""
     data = read_instances(json_path)
     refuse(json_path, coco_faults(data, json_path, image_dir))
     images = sorted(data["images"], key=lambda r: r["id"])
@@ -282,7 +284,7 @@ def read_coco(json_path, image_dir):
 
 
 class CocoDataset(DetectionDataset):
-    """A COCO instances file and its image folder.
+    """A COCO instances file, or the Labels of another format (formats.py), and its image folder.
 
     classes: names in the order wanted for the labels, those of the training set or of a checkpoint;
     None: the file's own, by ascending category id. Raises UserFileError for a missing file or
@@ -293,9 +295,10 @@ class CocoDataset(DetectionDataset):
                  classes=None):
         super().__init__(image_size, max_size, augment, seed)
         self.source, self.image_dir = str(json_path), str(image_dir)
+        self.format = getattr(json_path, "format", "COCO")
 
         # a large file is read once, then mapped from a cache; the images are looked for each time
-        arrays = cached_arrays(json_path, lambda: read_coco(json_path, image_dir))
+        arrays = cached_arrays(self.source, lambda: read_coco(json_path, image_dir))
         for name in ("image_ids", "files", "sizes", "offsets", "boxes", "area", "crowd"):
             setattr(self, name, arrays[name])
         names = [os.fsdecode(name) for name in self.files.tolist()]
@@ -312,7 +315,7 @@ class CocoDataset(DetectionDataset):
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         label_of_category = np.array([self.classes.index(name) for name in ids])
         self.labels = label_of_category[arrays["categories"]]
-        self.notes = describe_boxes(self)
+        self.notes = [*describe_boxes(self), *getattr(json_path, "notes", [])]
 
 
 class ShapesDataset(DetectionDataset):
@@ -505,20 +508,6 @@ class EvalSampler(list):
 
 
 # -- which data set ------------------------------------------------------------------------------
-
-def data_paths(cfg, split):
-    """Annotation file and image folder that the options name for the split, "train" or "val"."""
-    if not cfg.data:
-        return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
-    if not os.path.isdir(os.path.join(cfg.data, "annotations")):
-        raise UserFileError(
-            f"--data {cfg.data} should hold annotations/instances_train2017.json and "
-            f"instances_val2017.json, train2017/ and val2017/; another layout takes --train_json, "
-            f"--train_images, --val_json and --val_images; class folders take a classifier, as "
-            f"--model poolformer_s12; without --data, the built-in shapes are used")
-    return (os.path.join(cfg.data, f"annotations/instances_{split}2017.json"),
-            os.path.join(cfg.data, f"{split}2017"))
-
 
 def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
     """The data set of a run's options: the one place that decides which it is.

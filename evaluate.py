@@ -32,6 +32,7 @@ from classification import accuracy_json, accuracy_table, class_accuracy, class_
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
 from checkpoint import (COCO_CLASSES, check_located, config_of, load_weights, located_data,
                         official_fields, read_checkpoint, read_run)
+from formats import evaluated_share
 from model import ModelConfig, build_model
 from config import TrainConfig, check_grid, check_size
 
@@ -237,7 +238,8 @@ def evaluation_set(args, model, info):
         options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
     if args.data or args.val_json:                                   # (a run names both splits)
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
-                       val_json=args.val_json, val_images=args.val_images, overfit=0)
+                       val_json=args.val_json, val_images=args.val_images, overfit=0,
+                       val_split=evaluated_share(args.data, info["train"]))
     else:
         check_located(options, args.checkpoint)
     options["image_size"] = args.image_size or options["image_size"]
@@ -259,7 +261,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("--data", default="",
-                        help="COCO: annotations/, val2017/; classifiers: val/<class>/*.jpg")
+                        help="folder in COCO, YOLO or VOC format; classifiers: val/<class>/*.jpg")
     parser.add_argument("--model", default="", help="of an official classifier's file: its name")
     parser.add_argument("--val_json", default="", help="COCO instances file of any layout")
     parser.add_argument("--val_images", default="", help="its image folder")

@@ -73,13 +73,13 @@ def by_layer(name, values):
     return {name: values[-1], **named}
 
 
-def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None):
+def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_weights=None):
     """The losses of a batch, each a 0-dim tensor, by the official names.
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
     of B dicts with "labels" (T,) int64 and "boxes" (T, 4). normalizers: loss_normalizers of the
     whole step, divided by the number of processes, because DDP averages their gradients; None: of
-    these targets.
+    these targets. class_weights (K,): of the classes in loss_ce, 1 on average; None: 1 each.
 
     Returns "loss", the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer,
     "class_error" (percent of the matched queries with a wrong class; 100 if no query is matched)
@@ -106,6 +106,8 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None):
     wanted[index] = labels
     weight = torch.ones(K + 1, device=device)
     weight[K] = cfg.eos_coef
+    if class_weights is not None:
+        weight[:K] = class_weights
     ce = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
     # the mean, as F.cross_entropy's, divides by the sum of the weights of the wanted classes
     weight_sum = matched + cfg.eos_coef * (images * Q - matched)

@@ -97,7 +97,8 @@ def banner(run):
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     steps = run.train_loader.batch_sampler.steps
     most = int(np.diff(train_set.offsets).max()) if detector else 1
-    data = {"coco": "annotations", "image_folder": "class folders"}.get(cfg.kind)
+    data = {"coco": f"{getattr(train_set, 'format', 'own')} annotations",
+            "image_folder": "class folders"}.get(cfg.kind)
     if data:
         data += f", {train_set.source if detector else cfg.data}"
     else:

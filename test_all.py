@@ -28,6 +28,8 @@ train.py                    resuming and checkpoints    -k "resum or checkpoint 
 train.py                    what goes wrong             -k "finite or memory or killed or signal"
 stress.py                   killed at any moment        -k killed_again
 train.py                    learning rate               -k learning_rate
+formats.py                  other formats of data sets  -k "format or yaml or split or yolo"
+finetune.py                 other weights               -k "finetun or fit or frozen or weights_by"
 config.py                   options                     -k "option or flag"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
 report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
@@ -86,6 +88,8 @@ import data
 import model as model_py
 import diagnose
 import checkpoint as checkpoint_py
+import finetune
+import formats
 import evaluate
 import train
 import predict
@@ -3330,6 +3334,428 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     assert not any(names[id(p)].startswith("backbone.") for g in groups for p in g["params"])
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(p.requires_grad for p in model.transformer.parameters())
+
+
+# -- formats.py: other people's data sets --------------------------------------------------------
+
+def write_files(files, root="."):
+    """Writes text; images for sizes (width, height); folders for None."""
+    for name, content in files.items():
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            Image.new("RGB", content, (len(name), 9, 9)).save(path)
+
+
+def voc_xml(*objects, size=(40, 20), **more):
+    """A VOC file of objects (class, xmin, ymin, xmax, ymax), one a line from line 3 on."""
+    sides = "xmin", "ymin", "xmax", "ymax"
+    tail = "".join(f"<{tag}>{value}</{tag}>" for tag, value in more.items())
+    rows = ["<annotation>", f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"]
+    for name, *box in objects:
+        corners = "".join(f"<{side}>{v}</{side}>" for side, v in zip(sides, box))
+        rows.append(f"<object><name>{name}</name><bndbox>{corners}</bndbox>{tail}</object>")
+    return "\n".join([*rows, "</annotation>"])
+
+
+def found_in(root, split="train", **options):
+    """{file: [(class, x, y, width, height)]} of the data set that --data finds, and its format."""
+    dataset = data.build_dataset(train.TrainConfig(data=str(root), **options), split)
+    boxes = {os.path.basename(dataset.path(i)): [] for i in range(len(dataset))}
+    for image, k, box in zip(dataset.columns()["image"], dataset.labels, dataset.boxes.tolist()):
+        boxes[os.path.basename(dataset.path(image))].append((dataset.classes[k], *box))
+    return boxes, dataset
+
+
+# the same in each format: images a and b of 40 x 20 pixels, in each a cat at x 4 to 12, y 5 to 20
+# and a dog at x 10 to 40, y 0 to 10; as centres and sizes in shares of 40 and 20 for YOLO
+WIDE, CAT_AND_DOG = (40, 20), [("cat", 4, 5, 8, 15), ("dog", 10, 0, 30, 10)]
+YOLO_LINES, CAT_DOG_NAMES = "0 0.2 0.625 0.2 0.75\n1 0.625 0.25 0.75 0.5\n", "names: [cat, dog]\n"
+VOC_TEXT = voc_xml(("cat", 4, 5, 12, 20), ("dog", 10, 0, 40, 10))
+
+
+def coco_text(name):
+    return json.dumps(dict(
+        images=[dict(id=5, file_name=name, width=40, height=20)],
+        categories=[dict(id=0, name="cat"), dict(id=1, name="dog")],
+        annotations=[dict(image_id=5, category_id=k, bbox=box) for k, (_, *box) in
+                     enumerate(CAT_AND_DOG)]))
+
+
+COCO_A, COCO_B = coco_text("a.jpg"), coco_text("b.jpg")
+YOLO_1 = {"images/train/a.jpg": WIDE, "labels/train/a.txt": YOLO_LINES,
+          "images/val/b.jpg": WIDE, "labels/val/b.txt": YOLO_LINES}
+YOLO_2 = {"train/images/a.jpg": WIDE, "train/labels/a.txt": YOLO_LINES,
+          "valid/images/b.jpg": WIDE, "valid/labels/b.txt": YOLO_LINES}
+VOC = {"JPEGImages/a.jpg": WIDE, "JPEGImages/b.jpg": WIDE, "Annotations/a.xml": VOC_TEXT,
+       "Annotations/b.xml": VOC_TEXT}
+LAYOUTS = {
+    "COCO": ("COCO", {
+        "annotations/instances_train2017.json": COCO_A, "train2017/a.jpg": WIDE,
+        "annotations/instances_val2017.json": COCO_B, "val2017/b.jpg": WIDE}),
+    "COCO without years": ("COCO", {
+        "annotations/instances_train.json": COCO_A, "train/a.jpg": WIDE,
+        "annotations/instances_val.json": COCO_B, "images/val/b.jpg": WIDE}),
+    "Roboflow": ("Roboflow's COCO", {
+        "train/_annotations.coco.json": COCO_A, "train/a.jpg": WIDE,
+        "valid/_annotations.coco.json": COCO_B, "valid/b.jpg": WIDE}),
+    "folders": ("YOLO", {**YOLO_1, "labels/train/classes.txt": "cat\ndog\n"}),
+    "split first": ("YOLO", {**YOLO_2, "classes.txt": "cat\ndog\n"}),
+    "map": ("YOLO", {**YOLO_1, "data.yaml": "# a comment\npath: .\ntrain: images/train  # here\n"
+                     "val: images/val\nnames:\n  0: cat\n  1: dog\n\ndownload: none\n"}),
+    "rows": ("YOLO", {**YOLO_1, "data.yaml": "train: [images/train]\nval:\n  - images/val\n"
+                      "nc: 2\nnames: {0: 'cat', 1: \"dog\"}"}),
+    "names alone": ("YOLO", {**YOLO_1, "dataset.yaml": "names:\n- cat\n- dog\npath: /gone\n"}),
+    "Roboflow's YOLO": ("YOLO", {
+        **YOLO_2, "data.yaml": "train: ../train/images\nval: ../valid/images\n\nnc: 2\n"
+        "names: ['cat', 'dog']\n"}),
+    "lists": ("YOLO", {
+        **YOLO_1, "t.txt": "images/train/a.jpg\n", "v.txt": "./images/val/b.jpg\n",
+        "data.yaml": f"train: t.txt\nval: v.txt\n{CAT_DOG_NAMES}"}),
+    "beside": ("YOLO", {
+        "train/a.jpg": WIDE, "train/a.txt": YOLO_LINES, "val/b.jpg": WIDE, "val/b.txt": YOLO_LINES,
+        "data.yaml": "names: [cat,\n  dog,\n]\ntrain: train\nval: val"}),
+    "VOC": ("Pascal VOC", {**VOC, "ImageSets/Main/train.txt": "a\n",
+                           "ImageSets/Main/val.txt": "b\n",
+                           "ImageSets/Main/trainval.txt": "a\nb\n"}),
+    "VOC beside": ("Pascal VOC", {"train/a.jpg": WIDE, "train/a.xml": VOC_TEXT, "valid/b.jpg": WIDE,
+                                  "valid/b.xml": VOC_TEXT})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_format_gives_the_same_boxes_and_the_same_coco_file(layout, tmp_path):
+    format, files = LAYOUTS[layout]
+    write_files(files, tmp_path)
+    boxes, train_set = found_in(tmp_path)
+    assert (boxes, train_set.format) == ({"a.jpg": CAT_AND_DOG}, format)
+    boxes, val_set = found_in(tmp_path, "val")
+    assert boxes == {"b.jpg": CAT_AND_DOG} and val_set.sizes.tolist() == [[20, 40]]
+    assert train_set.area.tolist() == [120, 300] and train_set.classes == ["cat", "dog"]
+
+    # written as COCO it is the same again
+    refused("0", check_data.main, [str(tmp_path), "--to", "out.json"], error=SystemExit)
+    again = CocoDataset("out_val.json", val_set.image_dir)
+    assert again.boxes.tolist() == val_set.boxes.tolist() and again.files == val_set.files
+
+
+def test_an_absolute_path_and_the_yaml_file_itself_are_taken(tmp_path):
+    write_files(YOLO_1, tmp_path / "far")
+    write_files({"my.yaml": f"train: {tmp_path}/far/images/train\nval: images/val\n"
+                 f"path: {tmp_path}/far\n{CAT_DOG_NAMES}"})
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        assert found_in("my.yaml", split)[0] == {name: CAT_AND_DOG}
+
+
+@pytest.mark.parametrize("text, value", [
+    ("a", "a"), (" 'it''s # 1'  # 2", "it's # 1"), ("[a b, 'c, d', \"e\"]", ["a b", "c, d", "e"]),
+    ("[a,\n b  # last\n ]", ["a", "b"]), ("{0: x, 10: 'y: z'}", {0: "x", 10: "y: z"}),
+    ("\n- baker's\n\n- \"f #2\"", ["baker's", "f #2"]), ("[]", []), ("", []),
+    ("\n  1: a: b\n  0: c", {1: "a: b", 0: "c"})])
+def test_the_usual_forms_of_data_yaml(text, value):
+    write_files({"data.yaml": f"nc: 9\nnames: {text}\nval: v\n"})
+    assert formats.read_data_yaml("data.yaml") == {
+        "names": (2, value), "val": (3 + text.count("\n"), "v")}
+
+
+def test_a_set_with_one_split_is_divided_by_the_names_of_its_files(tmp_path):
+    names = [f"photo {i}.jpg" for i in range(60)]
+    files = {f"{name[:-4]}.txt": YOLO_LINES for name in names} | dict.fromkeys(names, WIDE)
+    write_files({f"{'images' if type(v) is tuple else 'labels'}/{k}": v
+                 for k, v in files.items()}, tmp_path / "one")
+    message = refused("has no val split", found_in, tmp_path / "one", "val")
+    assert "--val_split 0.1" in message
+    val, val_set = found_in(tmp_path / "one", "val", val_split=0.2)
+    own = found_in(tmp_path / "one", "train", val_split=0.2)[0]
+    assert not set(val) & set(own) and set(val) | set(own) == set(names)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    assert set(val) == {n for n, d in digests.items() if int(d[:8], 16) < 0.2 * 2**32}
+    assert val_set.classes == ["class 0", "class 1"] and "classes.txt" in str(val_set.notes)
+
+    # other files, another folder and format: an image stays where it is
+    files = dict.fromkeys(names[20:], WIDE) | {f"{n[:-4]}.xml": VOC_TEXT for n in names[20:]}
+    write_files(files, tmp_path / "two")
+    assert set(found_in(tmp_path / "two", "val", val_split=0.2)[0]) <= set(val)
+    refused("of its own", found_in, write_layout(tmp_path / "own"), val_split=0.2)
+
+
+def write_layout(root, name="VOC"):
+    write_files(LAYOUTS[name][1], root)
+    return root
+
+
+ONE_YOLO = {"images/a.jpg": WIDE, "labels/a.txt": YOLO_LINES, "classes.txt": "cat\ndog\n"}
+ONE_VOC = {"JPEGImages/a.jpg": WIDE, "Annotations/a.xml": VOC_TEXT}
+
+
+def yolo_line(text):
+    return {**ONE_YOLO, "labels/a.txt": text}
+
+
+def voc_file(text):
+    return {**ONE_VOC, "Annotations/a.xml": text}
+
+
+@pytest.mark.parametrize("files, words", [
+    (yolo_line("0 0.5 0.5 0.1\n"), "labels/a.txt, line 1: 4 numbers; a box has 5"),
+    (yolo_line("0 0.5 0.5 0.1 0.1 0.9\n"), "line 1: 6 numbers"),
+    (yolo_line(f"{YOLO_LINES}\n2 0.5 0.5 1 1\n"),
+     "labels/a.txt, line 4: class 2 is not one of the 2 named classes, 0 to 1; name it"),
+    (yolo_line("-1 0.5 0.5 1 1\n"), "line 1: class -1"),
+    (yolo_line("0.5 0.5 0.5 1 1\n"), "line 1: class 0.5"),
+    (yolo_line("0 0.5 1.2 0.1 0.1"), "line 1: 1.2 is not in 0 to 1; .* not pixels"),
+    (yolo_line("0 0.5 nan 0.1 0.1"), "line 1: nan is not in 0 to 1"),
+    (yolo_line("0 0.5 0.5 -0.1 0.1"), "line 1: -0.1 is not in 0 to 1"),
+    (yolo_line("cat 0.5 0.5 0.1 0.1"), "line 1: 'cat 0.5 0.5 0.1 0.1' should be num"),
+    ({**ONE_YOLO, "labels/b.txt": YOLO_LINES}, "b.txt: no image of this name in .*images; add it"),
+    ({**ONE_YOLO, "images/a.jpg": "no image"}, "images/a.jpg: cannot be read as an image"),
+    ({**YOLO_1, "data.yaml": "train: images/train\nval: images/val\nnc: 2\n"},
+     "data.yaml: no names of classes; add a line such as names:"),
+    ({**YOLO_1, "data.yaml": "train: images/train\nnames:\n"}, "data.yaml, line 2: no names of cl"),
+    ({**YOLO_1, "data.yaml": "train: images/train\nnames: {0: cat, 2: dog}\n"},
+     "data.yaml, line 2: names has no entry for class 1"),
+    ({**YOLO_1, "data.yaml": f"{CAT_DOG_NAMES}train: images/gone\n"},
+     "data.yaml, line 2: train: images/gone not found; give the folder of the images"),
+    ({**YOLO_1, "t.txt": "images/train/c.jpg", "data.yaml": f"{CAT_DOG_NAMES}train: t.txt"},
+     "t.txt, line 1: image images/train/c.jpg not found"),
+    ({**YOLO_1, "classes.txt": "cat\ncat"}, "name 'cat' occurs twice, rename one"),
+    (voc_file(VOC_TEXT[:-8]), "a.xml, line 5: the XML does not parse .*; mend"),
+    (voc_file(""), "a.xml, line 1: the XML does not parse"),
+    (voc_file("<annotations/>"), "a.xml, line 1: the root is <annotations>"),
+    (voc_file(VOC_TEXT.replace("bndbox", "box", 2)),
+     "a.xml, line 3: object cat has no <bndbox>; add one"),
+    (voc_file(VOC_TEXT.replace("name>", "title>", 2)),
+     "a.xml, line 3: an object without a <name>"),
+    (voc_file(voc_xml(("cat", 0, 0, 9, 9), ("cat", 9, 3, 8, 5))),
+     "a.xml, line 4: object cat: xmin 9 is greater than xmax 8; swap them"),
+    (voc_file(voc_xml(("cat", 0, 9, 9, 8))), "ymin 9 is greater than ymax"),
+    (voc_file(voc_xml(("cat", 0, "", 9, 8))), "ymin '' is not a number"),
+    (voc_file(voc_xml(("cat", 0, "inf", 9, 8))), "ymin 'inf' is not a num"),
+    ({**ONE_VOC, "Annotations/b.xml": VOC_TEXT}, "b.xml: no image b in .*JPEGImages; add it"),
+    ({**ONE_VOC, "ImageSets/Main/train.txt": "a\nc\n"}, "train.txt, line 2: no image c in"),
+    ({f"bccd/{k}": v for k, v in ONE_YOLO.items()},
+     "is no data set, but .*bccd in it is: give --data"),
+    ({"images/a.jpg": WIDE}, "should hold annotations/.*YOLO.*Pascal VOC.*built-in shapes"),
+    ({"annotations/instances_train.json": COCO_A}, "train2017 not found|train not found"),
+], ids=lambda v: v[:40] if isinstance(v, str) else "")
+def test_a_fault_of_a_format_is_one_line_with_file_line_and_remedy(files, words, tmp_path):
+    write_files(files, tmp_path)
+    message = refused(words, found_in, tmp_path, error=UserError)
+    lines = [line for line in message.splitlines() if "fault(s), mend" not in line]
+    assert len(lines) == 1 and str(tmp_path) in lines[0]
+
+
+def test_splits_with_other_class_names_are_an_error(tmp_path):
+    other = {"Annotations/b.xml": VOC_TEXT.replace("cat", "cats")}
+    write_files({**LAYOUTS["VOC"][1], **other}, tmp_path)
+    cfg = train.TrainConfig(data=str(tmp_path))
+    message = refused("was not trained on", train.build_datasets, cfg, ModelConfig())
+    assert "['cats']; it knows ['cat', 'dog']" in message and "val.txt" in message
+
+
+def test_what_is_allowed_is_noted(tmp_path):
+    outline = "1 0.25 0 1 0 1 0.5 0.6 0.1\n"       # around it: the dog's box
+    write_files({**ONE_YOLO, "labels/a.txt": YOLO_LINES[:20] + "\n" + outline, "images/b.JPG": WIDE,
+                 "labels/c.txt": "", "images/c.png": WIDE}, tmp_path / "yolo")
+    boxes, dataset = found_in(tmp_path / "yolo")
+    assert boxes == {"a.jpg": CAT_AND_DOG, "b.JPG": [], "c.png": []}
+    notes = "\n".join(dataset.notes)
+    assert "1 of 3 images have no label file" in notes and "images/b.JPG" in notes
+    assert "1 outlines" in notes
+
+    # the image of an XML file: by its name, else by <filename>; sizes of images, where it has none
+    objects = ("cat", 4, 5, 12, 20), ("dog", "10.0", " 0 ", 40, 10)
+    write_files({"Annotations/a.xml": voc_xml(*objects, difficult=1, size=(0, 0)),
+                 "Annotations/1.xml": voc_xml(*objects).replace(
+                     "<size>", "<filename>C:\\x\\b.jpg</filename><size>"),
+                 "JPEGImages/a.jpg": WIDE, "JPEGImages/b.jpg": WIDE, "JPEGImages/c.jpg": WIDE},
+                tmp_path / "voc")
+    boxes, dataset = found_in(tmp_path / "voc")
+    assert boxes == {"a.jpg": CAT_AND_DOG, "b.jpg": CAT_AND_DOG, "c.jpg": []}
+    notes = "\n".join(dataset.notes)
+    assert "1 of 3 images have no XML file" in notes and "2 objects marked difficult" in notes
+    assert dataset.sizes.tolist() == [[20, 40]] * 3
+
+
+def test_shares_are_of_the_image_as_a_viewer_shows_it(tmp_path):
+    write_files(ONE_YOLO, tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6                               # turned by a quarter: 40 x 20 is shown
+    Image.new("RGB", (20, 40)).save(tmp_path / "images/a.jpg", exif=exif)
+    boxes, dataset = found_in(tmp_path)
+    assert boxes == {"a.jpg": CAT_AND_DOG} and dataset.read(0).size == (40, 20)
+
+
+def test_headers_of_many_images_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "CACHED_FROM", 2)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    write_files({"images/a.png": WIDE, "images/b.png": (5, 6)}, tmp_path)
+    paths = [f"{tmp_path}/images/{name}.png" for name in "ab"]
+    expected = dict(zip(paths, [(20, 40), (6, 5)]))
+    assert formats.image_sizes(paths, "x") == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)         # not opened again
+        assert formats.image_sizes(paths, "x") == expected
+    Image.new("RGB", (7, 70)).save(paths[0])       # another file is
+    assert formats.image_sizes(paths, "x")[paths[0]] == (70, 7)
+
+
+def test_a_yolo_folder_trains_evaluates_and_is_drawn(tmp_path, capsys):
+    files = {f"images/{i}.png": (64, 48) for i in range(12)}
+    files |= {f"labels/{i}.txt": YOLO_LINES for i in range(12)}
+    write_files({**files, "classes.txt": "cat\ndog\n"}, tmp_path / "own")
+    options = TINY_FILES + ["--data", tmp_path / "own", "--val_split", "0.3", "--epochs", "1",
+                            "--image_size", "32", "--max_size", "64", "--batch_size", "4"]
+    assert run(*options) == 0
+    assert f"YOLO annotations, {tmp_path}/own/labels (train, --val_split 0.3)" in (
+        capsys.readouterr().out)
+    held_out = len(found_in(tmp_path / "own", "val", val_split=0.3)[0])
+    for where, images in ((tmp_path / "own", held_out), (shutil.copytree(
+            tmp_path / "own", tmp_path / "other"), 12)):             # of another set all of it
+        evaluate_py("out/ckpt.pt", "--data", where)
+        assert f"; {images} images, 2 classes" in capsys.readouterr().out
+
+    # drawn: the picture is of the images with the edge of a box at (12.8, 30)
+    refused("0", check_data.main, [str(tmp_path / "own"), "--draw", "5"], error=SystemExit)
+    assert "boxes_train.jpg: 5 images" in capsys.readouterr().out
+    sheet = np.asarray(Image.open("boxes_train.jpg")).astype(int)
+    assert sheet.shape == (640, 1280, 3)
+    edge = sheet[int(2 + 40 * 316 / 64), int(2 + 6.4 * 316 / 64)]    # of the cat's box, on the left
+    assert np.ptp(edge) > 60                       # the images are nearly black
+
+
+# -- finetune.py: starting from other weights ----------------------------------------------------
+
+def small_detr(seed, **options):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_dim=32, dim_feedforward=16, enc_layers=1, dec_layers=1)
+    return build_model("detr_r18", **{**sizes, **options})
+
+
+def saved_run(path, model, classes):
+    """Writes what load_finetune reads of a checkpoint."""
+    torch.save(dict(model_config=asdict(model.cfg), classes=classes, model=model.state_dict()),
+               path)
+
+
+@pytest.mark.parametrize("queries", [7, 2])
+def test_finetuning_keeps_the_first_queries_and_the_classes_of_the_same_name(queries):
+    source = tiny(1, num_classes=3, num_queries=4)
+    saved_run("a.pt", source, ["ant", "bee", "cow"])
+    model = tiny(2, num_classes=4, num_queries=queries)
+    theirs, before = source.state_dict(), copy.deepcopy(model.state_dict())
+    lines = finetune.load_finetune(model, "a.pt", ["cow", "dog", "ant", "eel"])
+    new, n = model.state_dict(), min(queries, 4)
+    assert_close(new["query_embed.weight"][:n], theirs["query_embed.weight"][:n])
+    assert_close(new["query_embed.weight"][n:], before["query_embed.weight"][n:])
+    for key in ("class_embed.weight", "class_embed.bias"):           # the last row: no object
+        expected = [theirs[key][2], before[key][1], theirs[key][0], before[key][3], theirs[key][3]]
+        assert_close(new[key], torch.stack(expected))
+    assert differing(new, theirs) == {"query_embed.weight", "class_embed.weight",
+                                      "class_embed.bias"}
+    assert len(lines) == 3 and "2 of 4 classes are in the file (cow, ant), 2 newly" in lines[2]
+    assert f"the first {n} of the file's 4 queries" in lines[1]
+    assert ("3 newly" in lines[1]) == (queries == 7)
+
+
+def test_an_official_file_gives_the_rows_of_cocos_classes():
+    source = small_detr(1, num_classes=91)
+    torch.save({"model": source.state_dict()}, "official.pth")
+    model = small_detr(2, num_classes=2, position_embedding="learned")
+    before = copy.deepcopy(model.state_dict())
+    lines = finetune.load_finetune(model, "official.pth", ["wheel", "person"])
+    new, theirs = model.state_dict()["class_embed.weight"], source.class_embed.weight
+    assert_close(new, torch.stack([before["class_embed.weight"][0], theirs[1], theirs[91]]))
+    assert "1 of 2 classes are in the file (person)" in lines[1]
+    assert_close(model.backbone[1].row_embed.weight, before["backbone.1.row_embed.weight"])
+    assert lines[2].strip() == "positions: learned ones newly initialised, the file has sine ones"
+
+    # and back
+    saved_run("learned.pt", model, ["wheel", "person"])
+    lines = finetune.load_finetune(small_detr(3, num_classes=2), "learned.pt", ["wheel", "person"])
+    assert [line.strip() for line in lines[1:]] == [
+        "positions: sine ones, the file's learned ones are left out"]
+
+
+@pytest.mark.parametrize("model, words", [
+    (lambda: small_detr(2, enc_layers=2, pre_norm=True),
+     "holds a detector of --enc_layers 1 --no-pre_norm, this model has --enc_layers 2 --pre_norm: "
+     "give --enc_layers 1 --no-pre_norm to start from it"),
+    (lambda: small_detr(2, nheads=4), "give --nheads 8"),
+    (lambda: small_detr(2, hidden_dim=16), "of --hidden_dim 32, this model has --hidden_dim 16"),
+    (lambda: tiny(2, hidden_dim=32), "give --backbone resnet18 --nheads 8 "),
+    (lambda: build_model("metaformer_tiny"), "holds a detector, --model is a classifier: give a")])
+def test_a_checkpoint_that_cannot_fit_names_the_flags_that_would(model, words):
+    source, model = small_detr(1), model()
+    torch.save({"model": source.state_dict()}, "official.pth")
+    saved_run("ours.pt", source, ["x"] * 91)
+    before = copy.deepcopy(model.state_dict())
+    for name in ("official.pth", "ours.pt"):
+        message = refused(re.escape(words), finetune.load_finetune, model, name, ["a"])
+        assert "\n" not in message and message.startswith(f"--finetune {name} holds")
+    assert not differing(before, model.state_dict())
+
+
+def test_a_classifier_that_cannot_fit_names_the_flags_too(tmp_path):
+    saved_run("c.pt", build_model("metaformer_tiny", num_classes=2), ["a", "b"])
+    model = build_model("metaformer_tiny", num_classes=2, depths="1,1,1,2")
+    message = refused("give --depths", finetune.load_finetune, model, "c.pt", ["a", "b"])
+    assert "this model has --depths 1,1,1,2" in message
+    state = small_detr(1).state_dict()
+    del state["input_proj.weight"]                 # damaged: the first tensor is named
+    torch.save(state, "cut.pth")
+    message = refused("such as input_proj.weight", finetune.load_finetune, small_detr(2),
+                      "cut.pth", ["a"])
+    assert "\n" not in message
+
+
+def test_frozen_parts_stay_as_they_are_to_the_bit(whole):
+    options = [*TINY, "--finetune", f"{whole}/ckpt.pt", "--epochs", "1"]
+    rate = options.index("--lr_backbone")
+    del options[rate:rate + 2]
+    assert run(*options, "--freeze", "backbone,decoder", "--output_dir", "a") == 0
+    before, after = checkpoint(f"{whole}/ckpt.pt")["model"], checkpoint("a/ckpt.pt")["model"]
+    kept = {k for k in before if k.startswith(("backbone.", "transformer.decoder.",
+                                               "query_embed."))}
+    assert differing(before, after) == before.keys() - kept
+    assert any(k.endswith("running_var") for k in kept)
+    assert run(*options, "--freeze", "backbone", "--lr_backbone", "0.1") == 2
+    assert run(*options, "--freeze", "backbones") == 2
+
+    model = build_model("metaformer_tiny")
+    finetune.freeze(model, SimpleNamespace(freeze="backbone"))
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == {"head.weight",
+                                                                           "head.bias"}
+
+
+def test_class_weights_by_hand():
+    dataset = SimpleNamespace(classes=["a", "b", "c"], labels=np.array([0, 0, 1, 0, 1]),
+                              crowd=np.array([0, 0, 0, 0, 1], bool))
+    expected = torch.tensor([4 / 2 / 3, 4 / 2 / 1, 1])
+    assert_close(finetune.class_weights("balanced", dataset), expected)
+    write_json(weights={"b": 3})
+    assert finetune.class_weights("weights.json", dataset).tolist() == [1, 3, 1]
+    for given, words in (({"d": 1}, "'d' is no class, use some of: a, b, c"),
+                         ({"a": 0}, "weight 0 of 'a' should be a number over 0"), ([1], "hold")):
+        write_json(weights=given)
+        refused(words, finetune.class_weights, "weights.json", dataset)
+
+    # the loss: a plain loop over the queries
+    logits, boxes = torch.randn(1, 1, 4, 4), torch.rand(1, 1, 4, 4)
+    targets = [{"labels": torch.tensor([1, 0]), "boxes": torch.rand(2, 4)}]
+    losses = set_loss(logits, boxes, targets, class_weights=expected)
+    wanted = [3] * 4
+    for q, t in zip(*match(logits[0], boxes[0], targets)[0]):
+        wanted[q] = targets[0]["labels"][t].item()
+    total = sum([*expected.tolist(), 0.1][k] * -logits[0, 0, q].log_softmax(0)[k]
+                for q, k in enumerate(wanted))
+    assert_close(losses["loss_ce"], total / (2 + 0.1 * 2))
+    loss = classification_loss(logits[0, 0, :, :3], torch.tensor([0, 1, 1, 2]), 0.0, None, expected)
+    total = sum(expected[k] * -logits[0, 0, i, :3].log_softmax(0)[k]
+                for i, k in enumerate([0, 1, 1, 2]))
+    assert_close(loss["loss"], total / 4)
 
 
 # -- config.py: options --------------------------------------------------------------------------

@@ -29,8 +29,9 @@ from coco_eval import UserError, writing
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
-from checkpoint import (check_output_dir, find_resume, first_weights, load_optimizer,
-                        lock_output_dir, save_run, truncate_logs)
+from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_output_dir, save_run,
+                        truncate_logs)
+from finetune import class_weights, first_weights, freeze
 from model import build_model
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
@@ -104,6 +105,7 @@ def build_optimizer(model, cfg):
         second["weight_decay"] = 0.0
     else:
         second["lr"] = second["base_lr"] = cfg.lr_backbone
+    freeze(model, cfg)
     for name, p in model.named_parameters():
         if "backbone" in name and not cfg.lr_backbone:
             p.requires_grad_(False)
@@ -147,7 +149,7 @@ def seed_step(cfg, global_step, rank, world):
 def detection_losses(run, images, valid, targets, normalizers, global_step):
     """set_loss of a micro-batch; global_step is for classification_losses."""
     logits, boxes = run.model(images, valid)                        # (L, B, Q, K+1), (L, B, Q, 4)
-    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers)
+    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers, run.class_weights)
 
 
 # the functions in which detectors and classifiers differ; a run chooses once, in start_run
@@ -176,6 +178,7 @@ class Run:
     dtype: torch.dtype                             # of autocast
     interrupt: dict                                # of catch_signals
     lock: object                                   # open file: no other run may write output_dir
+    class_weights: torch.Tensor = None             # (K,), in the loss
     epoch: int = 0                                 # finished ones
     step: int = 0                                  # finished ones of this epoch
     epoch_sums: dict = field(default_factory=dict)     # losses, added up over steps and processes
@@ -278,6 +281,7 @@ def train(run):
         sampler.set_epoch(run.epoch, run.step)
         batches, stopping = iter(run.train_loader), False
         run.model.train()
+        freeze(run.raw_model, cfg)                 # what --freeze names stays as in evaluation
         interval.restart()
         while run.step < sampler.steps and not stopping:
             global_step = run.epoch * sampler.steps + run.step
@@ -395,7 +399,8 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
               task=CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION,
               raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
               val_loader=val_loader, rank=rank, world=world, device=device,
-              dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock)
+              dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock,
+              class_weights=class_weights(cfg.class_weights, train_set))
     if rank == 0:
         check_output_dir(cfg, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
