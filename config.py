@@ -136,11 +136,24 @@ DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 
+# the groups of --help_all, by their first option; under "" what --help shows
+HELP_GROUPS = {
+    "": """model data train_json train_images val_json val_images val_split overfit image_size
+        epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
+        resume output_dir num_workers device mixer backbone num_queries""".split(),
+    "model": "network and data", "epochs": "optimizer and schedule",
+    "backbone_weights": "weights to start from", "output_dir": "the run",
+    "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
+    "family": "classifiers (with --model poolformer_s12, say)",
+    "smoothing": "targets of classifiers"}
+
+
 def parse_options(argv, description):
     """The parser, and the flags that were given as a dict."""
     # the data set says how many classes; only a detector takes stages out of a classifier
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
-    return read_options(argv, description, configs, PRESETS, hidden=("num_classes", "out_stages"))
+    return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
+                        hidden=("num_classes", "out_stages"))
 
 
 def make_configs(given):

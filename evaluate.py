@@ -32,6 +32,7 @@ from classification import accuracy_json, accuracy_table, class_accuracy, class_
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
 from checkpoint import (COCO_CLASSES, check_located, config_of, load_weights, located_data,
                         official_fields, read_checkpoint, read_run)
+from options import nearest
 from formats import evaluated_share
 from model import ModelConfig, build_model
 from config import TrainConfig, check_grid, check_size
@@ -200,7 +201,7 @@ def load_model(path, name="", dilation=False):
                 "train": located_data(state)}
     elif name:                                                       # an official classifier
         if name not in METAFORMERS:
-            raise UserError(f"--model {name} is no classifier: {', '.join(METAFORMERS)}")
+            raise UserError(f"--model {name} is no classifier, {nearest(name, METAFORMERS)}")
         model, info = build_model(name), {"classes": None, "train": {}}
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mixers import MIXERS, MixerConfig
 from coco_eval import UserError                        # a ValueError, printed as one line
-from options import check_options
+from options import check_options, nearest
 from resnet import NORMS, RESNETS, Normalise, ResNet
 from metaformer import METAFORMERS, MetaFormer, MetaFormerBackbone, MetaFormerConfig
 from checkpoint import load_weights                    # part of this file's interface
@@ -348,7 +348,7 @@ def build_model(config, **overrides):
     """
     if isinstance(config, str):
         if config not in MODELS:
-            raise UserError(f"model {config} is unknown, use one of: {', '.join(MODELS)}")
+            raise UserError(f"model {config} is unknown, {nearest(config, MODELS)}")
         config = MODELS[config]
     config = replace(config, **overrides)
     return MetaFormer(config) if isinstance(config, MetaFormerConfig) else DETR(config)

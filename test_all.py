@@ -62,7 +62,7 @@ import time
 import urllib.error
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -88,6 +88,7 @@ import data
 import model as model_py
 import diagnose
 import checkpoint as checkpoint_py
+import config as config_py
 import finetune
 import formats
 import evaluate
@@ -116,7 +117,7 @@ from checkpoint import load_backbone, load_weights, rename_official_keys
 from attention import (attention_weights, cross_attention, draw_tile, effective_field, grad_cam,
                        heat_map, self_attention, spread)
 from config import make_configs
-from model import (MODELS, Decoder, Encoder, EncoderLayer, LearnedPosition, ModelConfig,
+from model import (BACKBONES, MODELS, Decoder, Encoder, EncoderLayer, LearnedPosition, ModelConfig,
                    SinePosition, Transformer, build_model)
 from matcher import match
 from losses import LossConfig, loss_normalizers, set_loss
@@ -3771,7 +3772,7 @@ def test_class_weights_by_hand():
     ("--hidden_dim 30 --nheads 4", ["--hidden_dim 30", "--nheads"]),
     ("--epochs 0", ["--epochs 0"]),
     ("--lr nan", ["--lr nan"]),
-    ("--seed 9223372036854775808", ["--seed 9223372036854775808 must be below"]),
+    ("--seed 9223372036854775808", ["--seed 9223372036854775808 must be a number below"]),
     ("--image_size 100000 --max_size 100000", ["--max_size 100000 is more than 20,000"]),
     ("--mixer mlp --grid_rows 2 --grid_cols 2", ["--grid_rows", "--grid_cols"]),
     ("--lr_drop 3", ["no effect here: --lr_drop (needs"]),
@@ -3779,7 +3780,7 @@ def test_class_weights_by_hand():
     ("--schedule step --min_lr 1", ["no effect here: --min_lr (needs"]),
     ("--schedule step --decay_share 0.2", ["no effect here: --decay_share (needs"]),
     ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
-    ("--scenes twin", ["--scenes twin", "plain, twins, dots"]),
+    ("--scenes twin", ["--scenes twin is unknown, did you mean twins?"]),
     ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
@@ -3828,6 +3829,42 @@ def test_scenes_other_than_the_plain_ones_are_larger_images():
     cfg = train.make_configs(dict(scenes="twins", train_shapes=20, val_shapes=2))[2]
     train_set = data.build_dataset(cfg, "train")
     assert train_set.classes == ["single", "twin"] and train_set[0][0].shape == (3, 96, 96)
+
+
+@pytest.mark.parametrize("words, advice", [
+    ("--epoch 3", "--epoch is no option, did you mean --epochs?"),
+    ("--batch-size=3", "--batch-size is no option, did you mean --batch_size or"),
+    ("-lr 1", "-lr is no option, did you mean --lr or"),
+    ("--no-augmet", "did you mean --no-augment"),
+    ("--xyzzy", "--xyzzy is no option, python train.py --help_all lists all options"),
+    ("--mixer atention", "--mixer atention is unknown, did you mean attention?"),
+    ("--mixer zzz", "--mixer zzz is unknown, use one of: attention, pool,"),
+    ("--backbone Resnet5", "is unknown, did you mean resnet50 or"),
+    ("--model poolfomer_s12", "is unknown, did you mean poolformer_s12 or"),
+    ("--model zzz", "--model zzz is unknown, python train.py --help_all lists the known ones")])
+def test_a_misspelt_option_or_value_gets_the_nearest_names(words, advice, capsys):
+    assert run(*words.split()) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert advice in message and len(message) < 180
+
+
+def test_help_is_a_page_and_help_all_has_everything(capsys):
+    assert run("--help") == 0
+    page = capsys.readouterr().out
+    assert len(page.splitlines()) <= 56 and max(map(len, page.splitlines())) <= 100
+    assert run("--help_all") == 0
+    whole = capsys.readouterr().out
+    flags = {f"--{f.name}" for kind in (train.TrainConfig, ModelConfig, LossConfig,
+                                        MetaFormerConfig, ClassLossConfig) for f in fields(kind)}
+    flags -= {"--num_classes", "--out_stages"}
+    groups = dict(config_py.HELP_GROUPS)
+    shown = {f"--{name}" for name in groups.pop("")}
+    assert set(re.findall(r"^  (--[a-z]\w*)", page, re.M)) == shown | {"--help_all"}
+    assert set(re.findall(r"^  (--[a-z]\w*)", whole, re.M)) == flags | {"--help_all"}
+    assert {f"--{name}" for name in groups} <= flags and all(
+        f"\n{title}:\n" in whole for title in groups.values())
+    for name in [*MIXERS, *MODELS, *BACKBONES]:
+        assert re.search(rf"\b{name}\b", whole)
 
 
 def test_booleans_have_a_no_flag():
