@@ -208,8 +208,9 @@ def finish_epoch(run, interval):
         say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
                  f"images, {hms(interval.elapsed())} since the start")
         if run.rank == 0:
+            picture = run.task.draw(result, run.val_loader.dataset)
             with writing(f"{out}/predictions.jpg"):
-                run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+                picture.save(f"{out}/predictions.jpg")
     if run.rank == 0:
         append_json(f"{out}/log.txt", record)
     if is_best:
