@@ -87,7 +87,7 @@ def plot_arms(groups, path):
     """
     most = max(map(len, groups.values()))
     figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
-                                squeeze=False, layout="constrained")
+                                squeeze=False, sharex="row", layout="constrained")
     for (dots, times), (title, arms) in zip(axes.T, groups.items()):
         for k, (arm, runs) in enumerate(arms.items()):
             aps, seconds = ([r[name] for r in runs.values()] for name in ("AP", "seconds"))
@@ -100,7 +100,7 @@ def plot_arms(groups, path):
         dots.set(title=title, xlabel="AP, a dot for each seed", yticks=range(len(arms)),
                  yticklabels=list(arms))
         dots.invert_yaxis()
-        times.set(xlabel="seconds of one thread", ylabel="mean AP")
+        times.set(xlabel="seconds of one thread", ylabel="mean AP", ylim=dots.get_xlim())
         times.legend(fontsize="x-small")
         for axis in (dots, times):
             axis.grid(alpha=0.3)
@@ -122,7 +122,8 @@ def plot_noise(rows, path):
                 label="power -1/2")
     axis.set(xlabel="images in a batch", ylabel="deviation of the loss over its mean",
              title="solid: in training; dashed: fixed weights")
-    axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.savefig(path, dpi=120)
