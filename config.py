@@ -103,8 +103,8 @@ def kind_of_data(model, files):
 PRESETS = {
     "coco": {},
     "shapes": dict(
-        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=10, batch_size=16,
-        lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=12, batch_size=16,
+        lr=5e-4, lr_backbone=1e-3, schedule="trapezoid", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
     "image_folder": dict(                                # PoolFormer's recipe for ImageNet
         image_size=224, epochs=300, batch_size=1024, weight_decay=0.05, clip_max_norm=0.0,
