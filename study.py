@@ -175,9 +175,10 @@ def make_jobs(names, args):
         for part in map(PARTS.get, names):
             named = {arm: flags for group in part.groups.values() for arm, flags in group.items()}
             for arm, flags in named.items():
-                own = flags.format(seed=seed, bccd=os.path.abspath(args.bccd))
-                options = [*f"--seed {seed} --num_workers 0 --epochs {args.epochs}".split(),
-                           *own.split(), *args.more]                # of two, the later counts
+                own = [word.format(seed=seed, bccd=os.path.abspath(args.bccd))
+                       for word in flags.split()]
+                options = [*f"--seed {seed} --num_workers 0 --epochs {args.epochs}".split(), *own,
+                           *args.more]             # of an option given twice the later counts
                 folder = Path(args.output_dir, f"{arm}_s{seed}")
                 jobs[folder] = Job(arm, seed, folder, options, part.keep_epochs)
     return list(jobs.values())
