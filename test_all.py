@@ -3903,7 +3903,7 @@ def test_study_statistics_of_the_fluctuation():
 
 
 def study_args(*words):
-    return study.parse_args([*map(str, words), "--bccd", "."])
+    return study.parse_args(["--bccd", ".", *map(str, words)])
 
 
 def test_study_has_only_arms_that_train_py_takes_and_a_name_has_one_meaning():
