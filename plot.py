@@ -100,10 +100,12 @@ def plot_arms(groups, path):
         dots.set(title=title, xlabel="AP, a dot for each seed", yticks=range(len(arms)),
                  yticklabels=list(arms))
         dots.invert_yaxis()
-        times.set(xlabel="seconds of one thread", ylabel="mean AP", ylim=dots.get_xlim())
+        times.set(xlabel="seconds of one thread", ylabel="mean AP")
         times.legend(fontsize="x-small")
         for axis in (dots, times):
             axis.grid(alpha=0.3)
+    for times in axes[1]:
+        times.set_ylim(axes[0, 0].get_xlim())
     figure.savefig(path, dpi=120)
 
 
