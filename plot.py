@@ -150,7 +150,7 @@ def plot_arms(groups, path):
     """
     most = max(map(len, groups.values()))
     figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
-                                squeeze=False, layout="constrained")
+                                squeeze=False, sharex="row", layout="constrained")
     for (dots, times), (title, arms) in zip(axes.T, groups.items()):
         for k, (arm, runs) in enumerate(arms.items()):
             aps, seconds = ([r[name] for r in runs.values()] for name in ("AP", "seconds"))
@@ -167,6 +167,8 @@ def plot_arms(groups, path):
         times.legend(fontsize="x-small")
         for axis in (dots, times):
             axis.grid(alpha=0.3)
+    for times in axes[1]:
+        times.set_ylim(axes[0, 0].get_xlim())
     figure.savefig(path, dpi=120)
 
 
@@ -185,7 +187,8 @@ def plot_noise(rows, path):
                 label="power -1/2")
     axis.set(xlabel="images in a batch", ylabel="deviation of the loss over its mean",
              title="solid: in training; dashed: fixed weights")
-    axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.savefig(path, dpi=120)

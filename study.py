@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # the runs have the other cores
 from scipy.stats import t as student_t
 
 from coco_eval import run_command
-from config import PRESETS
+from config import PRESETS, parse_options
 from report import hms
 from study_probes import (NOISE, measure_cost, measure_noise, measure_surgery, power_of,
                           train_keeping_epochs)
@@ -175,9 +175,10 @@ def make_jobs(names, args):
         for part in map(PARTS.get, names):
             named = {arm: flags for group in part.groups.values() for arm, flags in group.items()}
             for arm, flags in named.items():
-                own = flags.format(seed=seed, bccd=os.path.abspath(args.bccd))
-                options = [*f"--seed {seed} --num_workers 0 --epochs {args.epochs}".split(),
-                           *own.split(), *args.more]                # of two, the later counts
+                own = [word.format(seed=seed, bccd=os.path.abspath(args.bccd))
+                       for word in flags.split()]
+                options = [*f"--seed {seed} --num_workers 0 --epochs {args.epochs}".split(), *own,
+                           *args.more]             # of an option given twice the later counts
                 folder = Path(args.output_dir, f"{arm}_s{seed}")
                 jobs[folder] = Job(arm, seed, folder, options, part.keep_epochs)
     return list(jobs.values())
@@ -207,7 +208,8 @@ def start(job):
         print(commit(), file=file)
     program = ["study.py", "train"] if job.keep_epochs else ["train.py"]
     command = [sys.executable, HERE / program[0], *program[1:], *job.options, "--output_dir", "."]
-    with open(job.folder / "output.txt", "a") as output:
+    (job.folder / "output.txt").unlink(missing_ok=True)    # a run whose study was killed writes on
+    with open(job.folder / "output.txt", "w") as output:
         # a session of its own, so that Ctrl-C reaches this process alone, which passes it on
         return subprocess.Popen(
             command, cwd=job.folder, stdout=output, stderr=subprocess.STDOUT,
@@ -507,6 +509,8 @@ def parse_args(argv):
     if "S7" in args.parts and not os.path.isdir(args.bccd) and not args.list:
         parser.error("S7 needs --bccd DIR: the blood cells of github.com/Shenggan/BCCD_Dataset, "
                      "converted to COCO's format")
+    if args.parts != ["cost"]:
+        parse_options(more, __doc__)                                 # exits at an unknown option
     args.more = more
     return args
 

@@ -1,8 +1,8 @@
 """What study.py measures beside the runs: the fluctuation, surgery on trained models, the cost.
 
-    measure_noise("study/both-pool-b16_s1")        # of a run of part S5, a dict; two minutes
-    measure_surgery("study/attention_s1")          # of a trained model with attention; one minute
-    measure_cost("detr_r50", (800, 1066))          # by mixer, a list of rows; ten minutes
+    measure_noise("study/both-pool-b16_s1")        # of a run of part S5, a dict
+    measure_surgery("study/attention_s1")          # of a trained model with attention, a dict
+    measure_cost("detr_r50", (800, 1066))          # by mixer, a list of rows
 """
 
 import itertools
@@ -105,7 +105,7 @@ def random_batches(loader, epoch):
 
 
 def gradient(model, images, targets, loss_cfg):
-    """The gradient of the loss of these images, all tensors in a row."""
+    """The gradient of the loss of these images, which have no padding, all tensors in a row."""
     model.zero_grad()
     set_loss(*model(images), targets, loss_cfg)["loss"].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

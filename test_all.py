@@ -5232,7 +5232,7 @@ def test_study_statistics_of_the_fluctuation():
 
 
 def study_args(*words):
-    return study.parse_args([*map(str, words), "--bccd", "."])
+    return study.parse_args(["--bccd", ".", *map(str, words)])
 
 
 def test_study_has_only_arms_that_train_py_takes_and_a_name_has_one_meaning():
@@ -5257,17 +5257,17 @@ TINY_STUDY = ["--seeds", "1", "--jobs", "1", "--output_dir", "runs", "--assets",
 
 
 def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(capsys, monkeypatch):
-    group = {"attention": "", "broken": "--encoder_mixer glue", "enc-none": "--encoder_mixer none"}
+    group = {"attention": "", "broken": "--encoder_mixer glue"}
     monkeypatch.setattr(study, "PARTS", {"S1": study.Part("Why?", {"encoder": group})})
     words = ["S1", *TINY_STUDY, "--", *TINY, "--epochs", "1"]
     refused(r"1 run\(s\) failed: runs/broken_s1", study.main, words, error=SystemExit)
     out = capsys.readouterr().out
     assert "runs/broken_s1 failed (exit code 2)" in out and "glue is unknown, use one of" in out
-    assert "| `enc-none` | 1 |" in out and "(one seed: no interval)" in out
+    assert "| `attention` | 1 |" in out and "| `broken`" not in out
 
     results = json.load(open("assets/study.json"))
-    assert set(results["runs"]) == {"attention", "enc-none"} and len(results["S1"]["encoder"]) == 2
-    found, (record,) = results["runs"]["enc-none"]["1"], lines("runs/enc-none_s1/log.txt")
+    assert set(results["runs"]) == {"attention"} and len(results["S1"]["encoder"]) == 1
+    found, (record,) = results["runs"]["attention"]["1"], lines("runs/attention_s1/log.txt")
     assert [found["AP"], found["AP50"], found["AP75"]] == record["test_coco_eval_bbox"][:3]
     assert found["parameters"] == record["n_parameters"] and found["seconds"] > 0
     assert found["curves"]["loss"] == [pytest.approx(record["train_loss"], rel=1e-3)]
@@ -5282,33 +5282,31 @@ def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(cap
     assert json.load(open("assets/study.json")) == results
     assert "glue" not in capsys.readouterr().out
     study.main([*words[:1], "--list", *words[1:]])
-    assert re.search("enc-none +1 of 1 done  0:00:0", capsys.readouterr().out)
+    assert re.search("attention +1 of 1 done  0:00:0", capsys.readouterr().out)
     job, = study.make_jobs(["S1"], study_args(*words[1:words.index("--")], "--", "--lr", 1))[:1]
     assert not study.finished(job)                                    # with other options
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_study_that_is_stopped_goes_on_where_it_was():
+def test_study_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys):
     words = ["S4", *TINY_STUDY, "--", *TINY, "--train_shapes", "4000"]
-    going, log = start(study.__file__, *words), Path("runs/attention-40_s1/steps.txt")
-    while not (log.exists() and log.read_text()):
+    going, folder = start(study.__file__, *words), Path("runs/attention-40_s1")
+    while not ((folder / "steps.txt").exists() and (folder / "steps.txt").read_text()):
         assert going.poll() is None, going.communicate()
         time.sleep(0.05)
     going.send_signal(signal.SIGTERM)
     out, errors = going.communicate()
     assert going.returncode == 130 and "stopping 1 run(s)" in out, out + errors
-    state = checkpoint(log.parent / "ckpt.pt")
+    state = checkpoint(folder / "ckpt.pt")
     assert state["epoch"] == 0 and 0 < state["step"] < 500
 
-    args = study.parse_args(words)
-    job, = [job for job in study.make_jobs(["S4"], args) if job.arm == "attention-40"]
-    assert not study.finished(job)
-    process = study.start(job)
-    while f"resumed  at epoch 1, step {state['step']}" not in (
-            log.parent / "output.txt").read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill(), process.wait()
+    # the run that the same command starts
+    job = study.make_jobs(["S4"], study.parse_args(words))[0]
+    assert job.folder == folder and not study.finished(job)
+    monkeypatch.setattr(train, "train_step", at_step(2, ctrl_c))
+    assert run(*job.options, "--output_dir", folder) == 130
+    assert f"resumed  at epoch 1, step {state['step']}\n" in capsys.readouterr().out
+    assert checkpoint(folder / "ckpt.pt")["step"] > state["step"]
 
 
 def test_study_counts_the_seconds_of_all_sittings(tmp_path):
