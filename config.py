@@ -17,8 +17,8 @@ from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
-from finetune import check_freeze
 from model import BACKBONES, MODELS, ModelConfig, build_model
+from finetune import check_freeze
 from losses import LossConfig
 
 

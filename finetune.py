@@ -5,13 +5,16 @@ which parts stay frozen, and the weights of the classes in the loss.
     python train.py --data DIR --finetune out/a/ckpt.pt --num_queries 50 --class_weights balanced
 """
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 
 from coco_eval import UserError, read_json
-from checkpoint import (COCO_CLASSES, load_backbone, load_weights, official_fields,
+from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
+from checkpoint import (COCO_CLASSES, config_of, load_backbone, load_weights, official_fields,
                         read_checkpoint, upgraded)
-from metaformer import METAFORMERS, MetaFormer
+from model import ModelConfig
 
 
 # -- which weights -------------------------------------------------------------------------------
@@ -25,12 +28,20 @@ CLASSIFIER_OPTIONS = ("family", "depths", "widths", "norm", "activation", "resid
 
 def file_options(path, file):
     """(options of the model, class names or None) that a checkpoint holds; ({}, None) of a file
-    that does not say, such as a released classifier's."""
-    if not isinstance(file, dict):
-        return {}, None
+    that does not say, such as a released classifier's, or holds no weights. Raises UserError."""
+    weights = file.get("model", file) if isinstance(file, dict) else None
+    if not isinstance(weights, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        return {}, None                            # load_weights says so
     if isinstance(file.get("model_config"), dict):                   # of train.py
         file = upgraded(file)
-        return file["model_config"], file.get("classes")
+        kind = MetaFormerConfig if "depths" in file["model_config"] else ModelConfig
+        options = asdict(config_of(path, file["model_config"], kind))
+        classes = file.get("classes")
+        if not isinstance(classes, list) or len(classes) != options["num_classes"]:
+            raise UserError(f"{path} does not name its {options['num_classes']} classes: the "
+                            f"checkpoint is damaged")
+        return options, classes
     try:
         options = official_fields(path, file, False)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -71,7 +82,8 @@ def keep_queries(own, state):
     """Makes the file's queries as many as the model's: the first ones, then the model's. Returns
     lines for the banner. own: the model's state dict, state: the file's, which is changed."""
     key = "query_embed.weight"
-    if key not in own or key not in state or own[key].shape == state[key].shape:
+    if key not in own or key not in state or own[key].shape[1:] != state[key].shape[1:] or (
+            len(own[key]) == len(state[key])):
         return []
     theirs, n = state[key], len(own[key])
     state[key] = torch.cat([theirs[:n], own[key][len(theirs):]])
@@ -87,6 +99,7 @@ def keep_classes(own, state, classes, their_classes):
     heads = [key for key in heads if key in state and own[key].shape[1:] == state[key].shape[1:]]
     if not heads or their_classes == classes:
         return []
+    no_object = heads[0].startswith("class_embed.")
     if their_classes is None:                      # a released file that does not name its classes
         if own[heads[0]].shape != state[heads[0]].shape:
             for key in heads:
@@ -95,9 +108,11 @@ def keep_classes(own, state, classes, their_classes):
         return []
     rows = {k: their_classes.index(name) for k, name in enumerate(classes) if name in their_classes}
     kept = [classes[k] for k in rows]
-    if heads[0].startswith("class_embed."):
-        rows[len(classes)] = len(their_classes)    # "no object"
+    if no_object:
+        rows[len(classes)] = len(their_classes)
     for key in heads:
+        if len(state[key]) != len(their_classes) + no_object:
+            raise UserError(f"{key} has {len(state[key])} rows for {len(their_classes)} classes")
         theirs, state[key] = state[key], own[key].clone()
         state[key][list(rows)] = theirs[list(rows.values())]
     names = f" ({', '.join(kept[:5])}{', ...' if len(kept) > 5 else ''})" if kept else ""
@@ -128,20 +143,22 @@ def load_finetune(model, path, classes):
 
     # the state dict as if it were of this model; load_weights lets the mixers differ, too
     lines, both_detect = [], hasattr(model, "query_embed") and "num_queries" in options
-    if options and (both_detect or isinstance(model, MetaFormer)):
-        own, state = model.state_dict(), dict(file.get("model", file))
-        lines = [*keep_queries(own, state), *keep_classes(own, state, classes, their_classes),
-                 *keep_positions(own, state)]
-        file = {**file, "model": state} if "model" in file else state
     try:
+        if options and (both_detect or isinstance(model, MetaFormer)):
+            own, state = model.state_dict(), dict(file.get("model", file))
+            lines = [*keep_queries(own, state), *keep_classes(own, state, classes, their_classes),
+                     *keep_positions(own, state)]
+            file = {**file, "model": state} if "model" in file else state
         report = load_weights(model, file, strict=False)
     except UserError as error:
         first, *rest = str(error).splitlines()
         what = first.removeprefix("the state dict ").split(";")[0]
-        raise UserError(f"--finetune {path} {what}" + (f", such as {rest[0]}" if rest else "")
+        raise UserError(f"--finetune {path}: {what}" + (f", such as {rest[0]}" if rest else "")
                         ) from None
-    if len(report) > 6:
-        report = [f"{len(report)} tensors differ, such as {report[0]}"]
+    if len(report) > 6:                            # the mixers of all layers
+        fresh = sum(line.endswith("newly initialised") for line in report)
+        report = [f"{fresh} tensors newly initialised, {len(report) - fresh} of the file left out, "
+                  f"the first: {report[0]}"]
     return [f"weights  {path}", *(f"         {line}" for line in lines + report or ["all taken"])]
 
 

@@ -87,7 +87,7 @@ def name_share(name):
 # -- files and faults ----------------------------------------------------------------------------
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-NO_LABELS = "classes.txt", "notes.txt", "README.txt"
+NO_LABELS = "classes.txt", "notes.txt", "README.txt"                # text files beside labels
 CACHED_FROM = 5000                                 # images whose sizes are worth a cache
 
 
@@ -260,7 +260,8 @@ def read_data_yaml(path):
         with open(path, encoding="utf-8-sig") as file:
             lines = [without_comment(line) for line in file.read().splitlines()]
     except (OSError, ValueError) as error:
-        raise UserFileError(f"{path} cannot be read as text ({error})") from None
+        raise UserFileError(f"{path} cannot be read as text ({error}); save it as "
+                            f"UTF-8") from None
     found = {}
     for n, line in enumerate(lines):
         key = re.match(r"""["']?(\w+)["']?\s*:(?:\s+(.*)|$)""", line)
@@ -311,7 +312,7 @@ def label_file(image):
     """The label file of an image, by YOLO's rule: of .../images/a.jpg it is .../labels/a.txt; of
     others, and where that is not there, a.txt beside the image."""
     beside = f"{stem(image)}.txt"
-    head, found, tail = f"/{beside}".rpartition("/images/")
+    head, found, tail = f"/{beside}".replace(os.sep, "/").rpartition("/images/")
     other = f"{head}/labels/{tail}"[1:]
     return other if found and (os.path.isfile(other) or not os.path.isfile(beside)) else beside
 
@@ -365,6 +366,7 @@ def yolo_box(line, classes):
     if k not in range(classes):
         raise UserError(f"class {words[0]} is not one of the {classes} named classes, 0 to "
                         f"{classes - 1}; name it, or mend the number")
+    # a thousandth over 1 is rounding
     outside = [word for word, v in zip(words[1:], values) if not 0 <= v <= 1.001]
     if outside:
         raise UserError(f"{outside[0]} is not in 0 to 1; coordinates are shares of the image's "
@@ -381,7 +383,7 @@ def read_label_lines(path):
         with open(path, encoding="utf-8-sig") as file:
             return [(n, line) for n, line in enumerate(file, 1) if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
+        raise UserError(f"{path}: cannot be read as text ({error}); save it as UTF-8") from None
 
 
 def class_numbers(places):
@@ -400,6 +402,8 @@ def read_yolo(name, image_dir, places, names, every):
     rounded to a hundredth of a pixel, what the six digits of the format give.
     """
     images, faults = yolo_images(places)
+    if not images and not faults:
+        faults.append(f"{' '.join(places)}: no image; is it the folder of the images?")
     notes = background_note([i for i, label in images.items() if not os.path.isfile(label)],
                             len(images), "label file")
     if not names:
@@ -457,9 +461,13 @@ def yolo_splits(root):
     names = yaml_names(path, found) if path and places else []
     if not path:                                   # LabelImg writes classes.txt beside the labels
         folders = [root, *(labels for _, labels in pairs.values()), os.path.join(root, "labels")]
-        lists = [os.path.join(folder, "classes.txt") for folder in folders]
-        lists = [read_label_lines(f) for f in lists if os.path.isfile(f)]
-        names = [line.strip() for _, line in lists[0]] if lists else []
+        files = [os.path.join(folder, "classes.txt") for folder in folders]
+        files = list(filter(os.path.isfile, files))
+        lists = [[line.strip() for _, line in read_label_lines(file)] for file in files]
+        names = lists[0] if lists else []
+        for file, other in zip(files, lists):
+            if other != names:
+                raise UserError(f"{file} names other classes than {files[0]}: make them alike")
 
     every, splits = [place for own in places.values() for place in own], {}
     for split, own in places.items():
@@ -679,7 +687,8 @@ def data_paths(cfg, split):
 def evaluated_share(folder, options):
     """The --val_split of an evaluation on a folder, or on files: that of the training, whose
     options are a dict, where the folder is the training's; else 1, all of a single split."""
-    same = folder and os.path.realpath(folder) == os.path.realpath(options.get("data", ""))
+    trained_on = options.get("data")
+    same = folder and trained_on and os.path.realpath(folder) == os.path.realpath(trained_on)
     return options.get("val_split", 0.0) if same else 1.0
 
 

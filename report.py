@@ -108,7 +108,10 @@ def banner(run):
     if cfg.overfit:
         data += f"; --overfit: {len(val_set)} images, {OVERFIT_REPEATS} passes an epoch"
     objects = f", at most {most} objects in an image" if detector else ""
-    notes = [] if cfg.kind == "coco" or cfg.overfit else val_set.notes
+    notes = [] if cfg.kind == "coco" or cfg.overfit else list(val_set.notes)
+    if run.class_weights is not None:
+        weights = zip(train_set.classes[:20], run.class_weights.tolist())
+        notes.append(f"         --class_weights {', '.join(f'{n} {w:.2g}' for n, w in weights)}")
     return [
         f"data     {data}",
         f"         {len(train_set)} training and {len(val_set)} validation images, "

@@ -3345,7 +3345,7 @@ def write_files(files, root="."):
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
-            path.write_text(content)
+            path.write_text(content, errors="surrogateescape")
         else:
             Image.new("RGB", content, (len(name), 9, 9)).save(path)
 
@@ -3521,6 +3521,10 @@ def voc_file(text):
     ({**YOLO_1, "t.txt": "images/train/c.jpg", "data.yaml": f"{CAT_DOG_NAMES}train: t.txt"},
      "t.txt, line 1: image images/train/c.jpg not found"),
     ({**YOLO_1, "classes.txt": "cat\ncat"}, "name 'cat' occurs twice, rename one"),
+    ({**YOLO_1, "labels/train/classes.txt": "cat\ndog", "labels/val/classes.txt": "cat\ndogs"},
+     "val/classes.txt names other classes than .*train/classes.txt: make them alike"),
+    ({**YOLO_1, "data.yaml": f"{CAT_DOG_NAMES}train: labels/train\n"}, "no image; is it the fold"),
+    (yolo_line("0 0.5 0.5 0.1 0.1 \udcff"), "a.txt: cannot be read as text .*; save it as UTF-8"),
     (voc_file(VOC_TEXT[:-8]), "a.xml, line 5: the XML does not parse .*; mend"),
     (voc_file(""), "a.xml, line 1: the XML does not parse"),
     (voc_file("<annotations/>"), "a.xml, line 1: the root is <annotations>"),
@@ -3704,12 +3708,25 @@ def test_a_classifier_that_cannot_fit_names_the_flags_too(tmp_path):
     model = build_model("metaformer_tiny", num_classes=2, depths="1,1,1,2")
     message = refused("give --depths", finetune.load_finetune, model, "c.pt", ["a", "b"])
     assert "this model has --depths 1,1,1,2" in message
-    state = small_detr(1).state_dict()
-    del state["input_proj.weight"]                 # damaged: the first tensor is named
-    torch.save(state, "cut.pth")
-    message = refused("such as input_proj.weight", finetune.load_finetune, small_detr(2),
-                      "cut.pth", ["a"])
-    assert "\n" not in message
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda file: file["model"].pop("input_proj.weight"), "such as input_proj.weight"),
+    (lambda file: file["model"].update({"class_embed.bias": torch.zeros(2)}), "has 2 rows for 91"),
+    (lambda file: file["model"].update({"query_embed.weight": torch.zeros(5, 7)}),
+     "such as query_embed.weight"),
+    (lambda file: file["model"].update({"x": 3}), "holds no weights"),
+    (lambda file: file.update(model=[1]), "holds no weights"),
+    (lambda file: file.update(classes=["a"]), "does not name its 91 classes"),
+    (lambda file: file["model_config"].update(backbone=[]), "--backbone"),
+    (lambda file: file["model_config"].update(colour=3), "does not know: colour")])
+def test_a_damaged_file_to_start_from_is_refused_in_one_sentence(damage, words):
+    saved_run("a.pt", small_detr(1), ["x"] * 91)
+    file = checkpoint("a.pt")
+    damage(file)
+    torch.save(file, "a.pt")
+    message = refused(words, finetune.load_finetune, small_detr(2), "a.pt", ["a"], error=UserError)
+    assert "\n" not in message and "a.pt" in message
 
 
 def test_frozen_parts_stay_as_they_are_to_the_bit(whole):

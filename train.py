@@ -31,8 +31,8 @@ from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
 from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_output_dir, save_run,
                         truncate_logs)
-from finetune import class_weights, first_weights, freeze
 from model import build_model
+from finetune import class_weights, first_weights, freeze
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
                     parse_options)
