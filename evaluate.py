@@ -292,7 +292,7 @@ def main(argv=None):
         raise UserError("--save_json, --errors, --layers and --queries are not for classifiers")
     dataset = evaluation_set(args, model, info)
     inputs = [args.checkpoint, getattr(dataset, "source", "")]
-    for flag in ("json", "save_json", "errors", "queries"):
+    for flag in ("save_json", "errors", "queries", "json"):
         check_output(f"--{flag}", vars(args)[flag], *inputs)
         inputs.append(vars(args)[flag])
     c = model.cfg

@@ -2420,9 +2420,14 @@ CLASSIFIER = [*CLASSIFIER_FILES, "--train_shapes", "24", "--val_shapes", "12"]
 
 @pytest.fixture(autouse=True)
 def leave_no_trace(tmp_path, monkeypatch):
-    """In an empty folder, so that no data/coco is found; train.py's signal handlers are undone."""
+    """In an empty folder, so that no data/coco is found; train.py's signal handlers are undone.
+
+    A job in the background and nohup have tests started with signals ignored, which runs keep."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+                signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
