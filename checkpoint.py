@@ -333,7 +333,8 @@ def check_output_dir(cfg, model):
     except OSError as error:
         raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
                             f"another") from None
-    for name in ("ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"):
+    names = "ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"
+    for name in names:
         check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)

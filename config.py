@@ -13,6 +13,7 @@ from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
 from scenes import SCENES
+from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
@@ -82,11 +83,16 @@ class TrainConfig:
         if self.val_split > 1:
             raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
         check_freeze(self)
-        if self.max_size > 20_000:
-            raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
-                            f"holds the maps of such images")
+        most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise UserError(f"--{name} {getattr(self, name)} is more than {limit:,}, which no "
+                                f"machine holds")
         if not 0 < self.decay_share <= 1:
             raise UserError(f"--decay_share {self.decay_share} must be over 0 and at most 1")
+        if self.image_size < 5 and self.kind in ("shapes", "shape_classes"):
+            raise UserError(f"--image_size {self.image_size} is too small for shapes, give 5 or "
+                            f"more")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -110,8 +116,8 @@ def kind_of_data(model, files):
 PRESETS = {
     "coco": {},
     "shapes": dict(
-        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=10, batch_size=16,
-        lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=12, batch_size=16,
+        lr=5e-4, lr_backbone=1e-3, schedule="trapezoid", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
     "image_folder": dict(                                # PoolFormer's recipe for ImageNet
         image_size=224, epochs=300, batch_size=1024, weight_decay=0.05, clip_max_norm=0.0,
@@ -224,11 +230,17 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
+    resnet = not classifier and model_cfg.backbone in RESNETS
     needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
              "val_split": ("--data or --train_json", cfg.kind == "coco"),
              "lr_drop": ("--schedule step", cfg.schedule == "step"),
-             "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
+             "min_lr": ("--schedule cosine and a larger --lr",
+                        cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),
+             "backbone_norm": ("a ResNet as --backbone", resnet),
+             "backbone_stage": ("a MetaFormer as --backbone", not resnet),
+             "backbone_weights": ("no --finetune", not cfg.finetune or
+                                  cfg.backbone_weights == "none"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),

@@ -242,7 +242,7 @@ def shown_confusion(result):
     return matrix[used][:, used], names + ["background"], names + ["missed"]
 
 
-def confusion_table(result, most=12, pairs=15):
+def confusion_table(result, most=8, pairs=15):
     """The confusion matrix as lines; beyond `most` classes the most frequent mistakes instead."""
     matrix, rows, columns = shown_confusion(result)
     if len(rows) <= most + 1:

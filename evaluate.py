@@ -293,7 +293,7 @@ def main(argv=None):
         raise UserError("--save_json, --errors, --layers and --queries are not for classifiers")
     dataset = evaluation_set(args, model, info)
     inputs = [args.checkpoint, getattr(dataset, "source", "")]
-    for flag in ("json", "save_json", "errors", "queries"):
+    for flag in ("save_json", "errors", "queries", "json"):
         check_output(f"--{flag}", vars(args)[flag], *inputs)
         inputs.append(vars(args)[flag])
     c = model.cfg
@@ -306,10 +306,13 @@ def main(argv=None):
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
     model, layers = model.to(check_device(args.device)), []
-    if args.layers:                                                  # of all layers in one pass
-        rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
-        layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
-    result = layers[-1] if layers else evaluate(model, loader, args.device)
+    try:
+        if args.layers:                                              # of all layers in one pass
+            rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
+            layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
+        result = layers[-1] if layers else evaluate(model, loader, args.device)
+    except UserError as error:
+        raise type(error)(f"{args.checkpoint}: {error}") from None
     more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
         with writing(args.save_json), open(args.save_json, "w") as file:

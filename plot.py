@@ -142,6 +142,58 @@ def plot_mixers(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_arms(groups, path):
+    """Of each group of arms, AP of every seed, and mean AP over mean training time.
+
+    groups: {title: {arm: {seed: dict with "AP" and "seconds"}}}, from study.py; of a group, a line
+    marks the mean AP of the first arm.
+    """
+    most = max(map(len, groups.values()))
+    figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
+                                squeeze=False, sharex="row", layout="constrained")
+    for (dots, times), (title, arms) in zip(axes.T, groups.items()):
+        for k, (arm, runs) in enumerate(arms.items()):
+            aps, seconds = ([r[name] for r in runs.values()] for name in ("AP", "seconds"))
+            mean, color = sum(aps) / len(aps), f"C{k % 10}"
+            dots.plot(aps, [k] * len(aps), "o", color=color, alpha=0.6)
+            dots.plot(mean, k, "|", color=color, markersize=16)
+            if k == 0:
+                dots.axvline(mean, color="gray", linestyle=":")
+            times.plot(sum(seconds) / len(seconds), mean, "o", color=color, label=arm)
+        dots.set(title=title, xlabel="AP, a dot for each seed", yticks=range(len(arms)),
+                 yticklabels=list(arms))
+        dots.invert_yaxis()
+        times.set(xlabel="seconds of one thread", ylabel="mean AP")
+        times.legend(fontsize="x-small")
+        for axis in (dots, times):
+            axis.grid(alpha=0.3)
+    for times in axes[1]:
+        times.set_ylim(axes[0, 0].get_xlim())
+    figure.savefig(path, dpi=120)
+
+
+def plot_noise(rows, path):
+    """Deviation of the loss over the batch size, both logarithmic: in training, and dashed with
+    fixed weights. rows: dicts with "mixer", "batch_size", "deviation" and "frozen"."""
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for k, mixer in enumerate(dict.fromkeys(r["mixer"] for r in rows)):
+        own = sorted((r for r in rows if r["mixer"] == mixer), key=lambda r: r["batch_size"])
+        sizes = [r["batch_size"] for r in own]
+        axis.loglog(sizes, [r["deviation"] for r in own], "o-", color=f"C{k}", label=mixer)
+        axis.loglog(sizes, [r["frozen"] for r in own], ".--", color=f"C{k}")
+    sizes = sorted({r["batch_size"] for r in rows})
+    first = max(r["deviation"] for r in rows if r["batch_size"] == sizes[0])
+    axis.loglog(sizes, [first * (size / sizes[0]) ** -0.5 for size in sizes], ":", color="gray",
+                label="power -1/2")
+    axis.set(xlabel="images in a batch", ylabel="deviation of the loss over its mean",
+             title="solid: in training; dashed: fixed weights")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

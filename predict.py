@@ -99,7 +99,7 @@ def load_detector(path, device="cpu", **options):
 
 def describe_objects(detector, image, path, args):
     """Of one photo: a text, what the JSON says, and pictures by kind."""
-    found = detector(image, path)
+    found = detector(image, f"{path} by {args.checkpoint}")
     names, scores, boxes = found["names"], found["scores"], found["boxes"]
     ids = detector.info["category_ids"]
     rows = [{"class": name, "category_id": ids[int(k)], "score": round(float(score), 4),

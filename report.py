@@ -143,6 +143,9 @@ def advice(run, steps, most):
     if most > queries:
         lines.append(f"note     {most} objects in an image, but {queries} queries: the rest cannot "
                      f"be found, raise --num_queries")
+    if cfg.kind == "coco" and run.val_loader.dataset.crowd.all():
+        lines.append("note     the validation images have no objects: every AP will be -1, and no "
+                     "best.pt is written")
     if cfg.kind == "coco" and not cfg.finetune and not cfg.overfit and all_steps < 100_000:
         lines.append(f"note     {all_steps} steps; a DETR from scratch needs some 300,000: think "
                      f"of --finetune with official weights")
@@ -553,13 +556,15 @@ def last_saved(cfg):
 
 def is_out_of_memory(error):
     """Whether it is that, of a GPU or of the system, for which torch has no class of its own."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = MemoryError, torch.cuda.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def hint(error):
     """What may help with an exception that is printed with its traceback."""
     if is_out_of_memory(error):
-        return "out of memory; in an evaluation a smaller --eval_batch_size needs less"
+        return ("out of memory; in an evaluation a smaller --eval_batch_size needs less, at the "
+                "start a smaller model")
     if dist.is_initialized() and isinstance(error, RuntimeError):
         return ("if it is about a connection, another process has failed or gone, and its own "
                 "message says why")

@@ -37,6 +37,7 @@ diagnose.py                 errors, layers, queries     -k "errs or error_costs 
 classification.py           training and evaluation     -k "classifier or class_folders"
 predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
 bench.py                    and what makes it fast      -k "bench or lever"
+study.py, study_probes.py                               -k study
 """
 
 import argparse
@@ -97,6 +98,8 @@ import report
 import attention as attention_py
 import bench
 import stress
+import study
+import study_probes
 from mixers import MIXERS, AttentionMixer, MixerConfig
 from images import PIXEL_MEAN, PIXEL_STD, draw_boxes, read_image, resized
 from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
@@ -113,6 +116,7 @@ from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSa
 from checkpoint import load_backbone, load_weights, rename_official_keys
 from attention import (attention_weights, cross_attention, draw_tile, effective_field, grad_cam,
                        heat_map, self_attention, spread)
+from config import make_configs
 from model import (BACKBONES, MODELS, Decoder, Encoder, EncoderLayer, LearnedPosition, ModelConfig,
                    SinePosition, Transformer, build_model)
 from matcher import match
@@ -2416,9 +2420,14 @@ CLASSIFIER = [*CLASSIFIER_FILES, "--train_shapes", "24", "--val_shapes", "12"]
 
 @pytest.fixture(autouse=True)
 def leave_no_trace(tmp_path, monkeypatch):
-    """In an empty folder, so that no data/coco is found; train.py's signal handlers are undone."""
+    """In an empty folder, so that no data/coco is found; train.py's signal handlers are undone.
+
+    A job in the background and nohup have tests started with signals ignored, which runs keep."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+                signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -3130,14 +3139,17 @@ def test_no_command_writes_over_what_it_reads(tmp_path):
     assert "out/best.pt would be" in run(*TINY, "--finetune", "out/best.pt")
 
 
-def test_a_long_seed_and_data_of_crowds_alone(tmp_path):
-    assert run(*TINY, "--seed", 20261121150000, "--epochs", 1) == 0
+def test_a_long_seed_and_data_of_crowds_alone(tmp_path, capsys):
+    assert run(*TINY, "--seed", 20261121150000, "--epochs", 1, "--output_dir", "a") == 0
     files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
     content = json.loads(files[1].read_text())
     for record in content["annotations"]:
         record["iscrowd"] = 1
     files[1].write_text(json.dumps(content))
     assert "no annotations but crowds" in run(*TINY_FILES, *files, "--output_dir", "b")
+    val = "--val_json", files[1], "--val_images", files[3]           # the crowds
+    assert run(*TINY_FILES, *coco_files(tmp_path / "t", "train", 9), *val, "--epochs", 1) == 0
+    assert "validation images have no objects" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_training(monkeypatch):
@@ -3795,6 +3807,11 @@ def test_class_weights_by_hand():
     ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
+    ("--schedule cosine --lr 1e-3 --min_lr 1", ["no effect here: --min_lr (needs"]),
+    ("--backbone poolformer_s12 --backbone_norm batch", ["no effect here: --backbone_norm"]),
+    ("--backbone resnet18 --backbone_stage 4", ["no effect here: --backbone_stage (needs"]),
+    ("--finetune a --backbone_weights b", ["no effect here: --backbone_weights (needs"]),
+    ("--num_workers 100000", ["--num_workers 100000 is more than 1,000"]),
     ("--data x --train_shapes 9", ["no effect here: --train_shapes (needs"]),
     ("--model poolformer_s12 --num_queries 5", ["--num_queries", "poolformer_s12, a classifier"]),
     ("--model poolformer_s12 --mixer pool", ["--mixer:", "--mixers"]),
@@ -3921,9 +3938,9 @@ def test_a_detector_whose_detections_are_not_finite_is_refused(whole):
     state = checkpoint(whole / "ckpt.pt")
     state["model"]["bbox_embed.layers.2.bias"][1] = math.nan
     torch.save(state, "spoilt.pt")
-    refused("detections of image 1 are not finite", evaluate_py, "spoilt.pt")
+    refused("spoilt.pt: the detections of image 1 are not finite", evaluate_py, "spoilt.pt")
     Image.new("RGB", (40, 30)).save("photo.png")
-    words = "detections of image photo.png are not finite"
+    words = "detections of image photo.png by spoilt.pt are not finite"
     refused(words, predict.main, ["spoilt.pt", "photo.png"])
 
 
@@ -5183,3 +5200,234 @@ def test_bench_says_what_the_official_option_needs(capsys, monkeypatch):
         error = capsys.readouterr().err.splitlines()[-1]
         assert cause in error and "install packaging, and the torchvision that was built" in error
     sys.modules.pop("util")
+
+
+# -- study.py and study_probes.py ----------------------------------------------------------------
+
+@pytest.mark.parametrize("ours, expected", [
+    # differences 0.03, 0.05, 0.04: mean 0.04, deviation 0.01; t of 2 degrees of freedom is 4.303
+    ([0.53, 0.55, 0.54], (0.04, 0.015157, 0.064843, True)),
+    ([0.53, 0.55, 0.61], (0.063333, -0.040086, 0.166753, False)),     # deviation 0.0416333
+    ([0.51, 0.511, 0.509], (0.01, 0.007516, 0.012484, False)),        # clear, but below 0.02
+    ([0.47, 0.45, 0.46], (-0.04, -0.064843, -0.015157, True)),
+    ([0.53, 0.55], (0.04, -0.087062, 0.167062, False)),               # t of 1 is 12.706
+    ([0.6], (0.1, None, None, False))])
+def test_study_pairs_the_seeds_and_claims_a_difference_only_beyond_its_interval(ours, expected):
+    seeds = {"attention": {s: 0.5 for s in range(9)}, "pool": dict(enumerate(ours))}
+    reference, row = study.compare(seeds, "attention")
+    assert (reference["AP"], reference["AP_sd"], reference["seeds"]) == (0.5, 0, 9)
+    assert "difference" not in reference and row["AP"] == pytest.approx(np.mean(ours))
+    found = row["difference"], row["low"], row["high"], row["differs"]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert ("**" in study.difference(row)) == expected[3]
+    assert ("no interval" in study.difference(row)) == (len(ours) == 1)
+
+
+def test_study_pairs_seeds_by_name_not_by_order():
+    mean, low, high = study.paired_interval({1: 0.5, 2: 0.7, 4: 0.1}, {2: 0.6, 1: 0.4, 3: 0.9})
+    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    assert study.paired_interval({1: 0.5}, {2: 0.5}) == (None, None, None)
+
+
+@pytest.mark.parametrize("scores, step", [
+    ([0.1, 0.4, 0.6, 0.3, 0.9], 250), ([0.5], 100), ([0.8], 62.5), ([0.1, 0.49], None), ([], None)])
+def test_study_finds_the_step_of_a_score_between_two_evaluations(scores, step):
+    assert study.step_at(scores, [100, 200, 300, 400, 500]) == pytest.approx(step)
+
+
+def test_study_statistics_of_the_fluctuation():
+    probes = study_probes
+    assert probes.running_deviation([1.1, 0.9] * 40, window=2) == pytest.approx(0.1)
+    assert probes.running_deviation([3.0] * 80) == pytest.approx(0, abs=1e-12)
+    x = rng("losses").random(200) + np.linspace(5, 2, 200)
+    apart = [(x[i] - x[i - 25:i + 25].mean()) / x[i - 25:i + 25].mean() for i in range(25, 176)]
+    assert probes.running_deviation(x) == pytest.approx(np.mean(np.square(apart))**0.5)
+    assert probes.running_deviation(10 * x) == pytest.approx(np.mean(np.square(apart))**0.5)
+
+    # the line 1.3 + 0.8 x leaves -0.3, 0.9, -0.9, 0.3: squares 1.8 over 4 - 2; the mean is 2.5
+    assert probes.spread_around_line([1, 3, 2, 4]) == pytest.approx(0.9**0.5 / 2.5)
+    assert probes.spread_around_line([7, 5, 3, 1]) == pytest.approx(0, abs=1e-12)
+    assert probes.agreement(torch.tensor([3.0, 4]), torch.tensor([4.0, 3])) == pytest.approx(0.96)
+    assert probes.agreement(torch.tensor([3.0, 4]), torch.tensor([-6.0, -8])) == pytest.approx(-1)
+    assert probes.matching_changes([[1, 2, 3, 4], [1, 2, 4, 3], [1, 2, 4, 3]]) == 2 / 8
+    assert probes.power_of([4, 16, 64], [0.6, 0.3, 0.15]) == pytest.approx(-0.5)
+    assert probes.middle_part(list(range(1, 11))) == [3, 4, 5, 6, 7, 8]
+
+
+def study_args(*words):
+    return study.parse_args(["--bccd", ".", *map(str, words)])
+
+
+def test_study_has_only_arms_that_train_py_takes_and_a_name_has_one_meaning():
+    named, parameters = {}, {}
+    for part in study.PARTS.values():
+        for arm, flags in itertools.chain(*(group.items() for group in part.groups.values())):
+            assert named.setdefault(arm, (flags, part.keep_epochs)) == (flags, part.keep_epochs)
+    jobs = study.make_jobs(list(study.PARTS), study_args("--seeds", 2))
+    assert len(jobs) == 2 * len(named) == len({job.folder for job in jobs})
+    for job in jobs[:len(named)]:
+        model_cfg, _, cfg = make_configs(train.parse_options(job.options, "")[1])
+        assert cfg.seed == 1 and cfg.epochs == study.epochs_of(job)
+        if job.arm == "attention" or job.arm.endswith("-wide"):
+            parameters[job.arm] = sum(p.numel() for p in build_model(model_cfg).parameters())
+    for arm in ("enc-none-wide", "both-none-wide"):                  # as many as attention
+        assert parameters[arm] == pytest.approx(parameters["attention"], rel=5e-4)
+    refused("2", study.main, ["S8"], error=SystemExit)
+    refused("2", study.main, ["S7"], error=SystemExit)               # without --bccd
+
+
+TINY_STUDY = ["--seeds", "1", "--jobs", "1", "--output_dir", "runs", "--assets", "assets"]
+
+
+def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(capsys, monkeypatch):
+    group = {"attention": "", "broken": "--encoder_mixer glue"}
+    monkeypatch.setattr(study, "PARTS", {"S1": study.Part("Why?", {"encoder": group})})
+    words = ["S1", *TINY_STUDY, "--", *TINY, "--epochs", "1"]
+    refused(r"1 run\(s\) failed: runs/broken_s1", study.main, words, error=SystemExit)
+    out = capsys.readouterr().out
+    assert "runs/broken_s1 failed (exit code 2)" in out and "glue is unknown, use one of" in out
+    assert "| `attention` | 1 |" in out and "| `broken`" not in out
+
+    results = json.load(open("assets/study.json"))
+    assert set(results["runs"]) == {"attention"} and len(results["S1"]["encoder"]) == 1
+    found, (record,) = results["runs"]["attention"]["1"], lines("runs/attention_s1/log.txt")
+    assert [found["AP"], found["AP50"], found["AP75"]] == record["test_coco_eval_bbox"][:3]
+    assert found["parameters"] == record["n_parameters"] and found["seconds"] > 0
+    assert found["curves"]["loss"] == [pytest.approx(record["train_loss"], rel=1e-3)]
+    assert "--seed 1" in found["options"] and found["commit"]
+
+    # nothing is run twice; what a study of another part has found stays
+    del group["broken"]
+    monkeypatch.setattr(study, "start", None)
+    results.update(S9="of before")
+    Path("assets/study.json").write_text(json.dumps(results))
+    study.main(words)
+    assert json.load(open("assets/study.json")) == results
+    assert "glue" not in capsys.readouterr().out
+    study.main([*words[:1], "--list", *words[1:]])
+    assert re.search("attention +1 of 1 done  0:00:0", capsys.readouterr().out)
+    job, = study.make_jobs(["S1"], study_args(*words[1:words.index("--")], "--", "--lr", 1))[:1]
+    assert not study.finished(job)                                    # with other options
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_study_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys):
+    words = ["S4", *TINY_STUDY, "--", *TINY, "--train_shapes", "4000"]
+    going, folder = start(study.__file__, *words), Path("runs/attention-40_s1")
+    while not ((folder / "steps.txt").exists() and (folder / "steps.txt").read_text()):
+        assert going.poll() is None, going.communicate()
+        time.sleep(0.05)
+    going.send_signal(signal.SIGTERM)
+    out, errors = going.communicate()
+    assert going.returncode == 130 and "stopping 1 run(s)" in out, out + errors
+    state = checkpoint(folder / "ckpt.pt")
+    assert state["epoch"] == 0 and 0 < state["step"] < 500
+
+    # the run that the same command starts
+    job = study.make_jobs(["S4"], study.parse_args(words))[0]
+    assert job.folder == folder and not study.finished(job)
+    monkeypatch.setattr(train, "train_step", at_step(2, ctrl_c))
+    assert run(*job.options, "--output_dir", folder) == 130
+    assert f"resumed  at epoch 1, step {state['step']}\n" in capsys.readouterr().out
+    assert checkpoint(folder / "ckpt.pt")["step"] > state["step"]
+
+
+def test_study_counts_the_seconds_of_all_sittings(tmp_path):
+    job = study.Job("pool", 1, tmp_path, ["--seed", "1"], False)
+    elapsed = [1.0, 2, 3, 0.5, 1.5, 1.0]                              # stopped at 3, again at 1.5
+    with open("steps.txt", "w") as file:
+        for step, seconds in enumerate(elapsed):
+            print(json.dumps({"step": step % 3 + 1, "elapsed_s": seconds}), file=file)
+    names = "loss", "class_error", "loss_bbox_unscaled", "loss_giou_unscaled"
+    with open("log.txt", "w") as file:
+        for epoch, ap50 in enumerate((0.25, 0.75)):
+            record = {"epoch": epoch, "n_parameters": 7, "test_coco_eval_bbox": [0.2, ap50, 0.1]}
+            print(json.dumps({**record, **{f"train_{name}": 1.0 for name in names}}), file=file)
+    Path("commits.txt").write_text("abc\nabc\ndef\n")
+    r = study.read_results(job)
+    assert (r["seconds"], r["step_at_half"], r["commit"]) == (5.5, 4.5, "abc+def")
+
+
+def test_study_measures_the_fluctuation_of_a_run_that_kept_its_epochs(monkeypatch):
+    monkeypatch.setattr(study_probes, "FROZEN_BATCHES", 4)
+    monkeypatch.setattr(study_probes, "GRADIENT_BATCHES", 2)
+    refused("0", study.main, ["train", *TINY, "--output_dir", "r"], error=SystemExit)
+    state = checkpoint("r/ckpt.pt")
+    assert_identical(checkpoint("r/epoch_2.pt"), state["model"])
+    found = study_probes.measure_noise("r")
+    assert found["batch_size"] == 8 and found["frozen"] > 0 and -1 <= found["agreement"] <= 1
+
+    # the queries of the objects of each image, an image at a time
+    model, dataset = build_model(ModelConfig(**state["model_config"])).eval(), ShapesDataset(
+        "val", 5, 32)
+    queries = []
+    for epoch in (1, 2):
+        model.load_state_dict(checkpoint(f"r/epoch_{epoch}.pt"))
+        for i in range(5):
+            images, _, targets = collate([dataset[i]])
+            (query, target), = match(*(x[-1].detach() for x in model(images)), targets)
+            queries += [(epoch, i, t, q) for q, t in zip(query.tolist(), target.tolist())]
+    first, second = ([q[1:] for q in queries if q[0] == epoch] for epoch in (1, 2))
+    assert found["changes"] == pytest.approx(1 - len(set(first) & set(second)) / len(first))
+
+
+def test_study_frozen_weights_give_one_loss_and_one_gradient_on_equal_images(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(study_probes, "FROZEN_BATCHES", 7)
+    monkeypatch.setattr(study_probes, "GRADIENT_BATCHES", 3)
+    model, item = build_model("detr_tiny", **SMALL, backbone_norm="batch"), ShapesDataset()[0]
+    before = copy.deepcopy(dict(model.named_parameters()))
+
+    class Loader(list):
+        batch_sampler = SimpleNamespace(set_epoch=lambda epoch: None)
+
+    losses, cosines = study_probes.sample_losses(model, Loader([collate([item] * 4)]), LossConfig(),
+                                                 epoch=3)
+    assert len(losses) == 7 and max(losses) == pytest.approx(min(losses), rel=1e-5)
+    assert len(cosines) == 3 and min(cosines) > 0.999
+    assert_identical(before, dict(model.named_parameters()))
+
+
+def test_study_surgery_replaces_the_mixers_named_and_no_others(monkeypatch):
+    run(*TINY, "--epochs", "1", "--output_dir", "r")
+    state, images = checkpoint("r/ckpt.pt"), torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+
+    def answer(model, *_):
+        return {"stats": model.eval()(images)[1].sum()[None]}
+    monkeypatch.setattr(study_probes, "evaluate", answer)
+    found = study_probes.measure_surgery("r")
+    places = ["encoder 1", "decoder 1", "decoder 2", "encoder", "decoder", "all"]
+    assert list(found) == ["attention"] + [f"{p}, {m}" for p in places
+                                           for m in ("avgpool", "pool", "none")]
+
+    cfg = ModelConfig(**state["model_config"])
+    for name, mixers in {"attention": {}, "encoder, pool": dict(encoder_mixer="pool"),
+                         "decoder, none": dict(decoder_mixer="none"),
+                         "all, avgpool": dict(mixer="avgpool")}.items():
+        model = build_model(cfg, **mixers)
+        load_weights(model, state["model"], strict=False)
+        assert found[name] == pytest.approx(answer(model)["stats"].item(), rel=1e-5), name
+    assert found["encoder 1, none"] == found["encoder, none"]         # it has one layer
+    assert len(set(found.values())) == 16
+
+
+def test_study_counts_the_cost_of_the_whole_detector(monkeypatch):
+    monkeypatch.setattr(study_probes, "COST_MIXERS", ("attention", "none"))
+    attention, none = study_probes.measure_cost("detr_tiny", (64, 64), ["--repeats", "1",
+                                                                        "--device", "cpu"])
+    # 4 N C^2 + 2 N^2 C: two layers over 64 tokens, three over 12 queries, C = 96
+    mixing = 2 * (4 * 64 * 96**2 + 2 * 64**2 * 96) + 3 * (4 * 12 * 96**2 + 2 * 12**2 * 96)
+    assert attention["multiply_adds"] - none["multiply_adds"] == mixing
+    assert attention["mixing"] == mixing / attention["multiply_adds"] and none["mixing"] == 0
+    for row in (attention, none):
+        assert 0 < row["fastest"] <= row["seconds"] and row["memory_mb"] > 0
+
+
+def test_study_pictures(tmp_path):
+    plot = pytest.importorskip("plot")
+    runs = {seed: {"AP": 0.1 * seed, "seconds": 60} for seed in (1, 2)}
+    plot.plot_arms({"encoder": {"attention": runs, "enc-pool": runs}, "both": {"a": runs}}, "a.png")
+    rows = [dict(mixer=m, batch_size=b, deviation=0.4 / b, frozen=0.3 / b)
+            for m in ("attention", "both-pool") for b in (4, 16)]
+    plot.plot_noise(rows, "b.png")
+    assert Image.open("a.png").width > 800 and Image.open("b.png").width > 500

@@ -215,8 +215,9 @@ def finish_epoch(run, interval):
         run.best_score = max(score, run.best_score)
         record.update(entries)
         if run.rank == 0:
+            picture = run.task.draw(result, run.val_loader.dataset)
             with writing(f"{out}/predictions.jpg"):
-                run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+                picture.save(f"{out}/predictions.jpg")
     if run.rank == 0:
         append_json(f"{out}/log.txt", record)
     if is_best:
