@@ -4578,7 +4578,7 @@ def test_an_official_classifiers_file_is_evaluated_by_name(monkeypatch):
     loader = DataLoader(ImageFolder(data, "val", 32), 9, collate_fn=collate)
     assert numbers["top1"] == evaluate.evaluate(model, loader, "cpu")["stats"][0]
     for more, words in (([], "--model NAME"), (["--model", "poolformer_mini"], "give --data DIR"),
-                        (["--model", "detr_r50"], "detr_r50 is no classifier such as poolformer_s12"),
+                        (["--model", "detr_r50"], "detr_r50 is no classifier such as pool"),
                         (["--model", "poolformer_s12"], "tensor.s. differ"),
                         (["--model", "poolformer_mini", "--data", few],
                          "2 class folders, the model 3 classes")):
