@@ -291,7 +291,7 @@ def import_official(folder, name):
 def official_run(args):
     cfg, dtype = MODELS[args.model], getattr(torch, args.dtype)
     options = SimpleNamespace(**asdict(cfg), **asdict(losses.LossConfig()), lr_backbone=1e-5,
-                              masks=False, dataset_file="coco", device=args.device)
+                              dataset_file="coco", device=args.device)
     network, criterion, _ = import_official(args.official, "models").build_model(options)
 
     def total_loss(logits, boxes, targets):                 # of all layers, the last one last

@@ -25,7 +25,7 @@ from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_co
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (COCO_CLASSES, check_known, check_located, load_weights, located_data,
+from checkpoint import (check_known, check_located, load_weights, located_data, official_classes,
                         official_fields, read_checkpoint, read_run)
 from model import ModelConfig, build_model
 from config import TrainConfig, check_grid
@@ -173,8 +173,7 @@ def load_model(path, name="", dilation=False):
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))
         K = model.cfg.num_classes
-        names = COCO_CLASSES if K == len(COCO_CLASSES) else [f"class {k}" for k in range(K)]
-        info = {"classes": list(names), "category_ids": list(range(K)), "train": {}}
+        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {}}
     load_weights(model, state)
     return model.to(memory_format=torch.channels_last), info
 

@@ -26,7 +26,8 @@ from checkpoint import load_weights                    # part of this file's int
 
 # --backbone: the class of each, built from a ModelConfig. A backbone has `stride` (pixels of a
 # token's side) and `num_channels`; forward takes normalised images (B, 3, IH, IW) and valid
-# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None.
+# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None;
+# with cfg.masks then the maps of the stages before, finest first, of `map_channels` channels.
 BACKBONES = {name: ResNet for name in RESNETS}
 BACKBONES |= {name: MetaFormerBackbone for name, cfg in METAFORMERS.items() if cfg.takes_any_size}
 
@@ -56,6 +57,7 @@ class ModelConfig:
     num_queries: Annotated[int, "queries Q, an upper bound of the objects in an image", 1] = 100
     pre_norm: Annotated[bool, "normalise before each block instead of after it"] = False
     num_classes: Annotated[int, "classes K without no-object; data sets set it", 1] = 91
+    masks: Annotated[bool, "predict masks, too: see segmentation.py"] = False
 
     def __post_init__(self):
         check_options(self)
@@ -228,7 +230,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder: tokens (B, N, C) to query states (L, B, Q, C)."""
+    """Encoder and decoder: tokens (B, N, C) to query states (L, B, Q, C) and memory (B, N, C)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -239,7 +241,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, pos, query_pos, valid, grid):
         memory = self.encoder(x, pos, valid, grid)
-        return self.decoder(query_pos, memory, pos, valid)
+        return self.decoder(query_pos, memory, pos, valid), memory
 
 
 # -- the detector --------------------------------------------------------------------------------
@@ -282,17 +284,23 @@ class DETR(nn.Module):
         self.backbone = nn.Sequential(Backbone(cfg), position(cfg))  # names backbone.0, backbone.1
         self.input_proj = nn.Conv2d(self.backbone[0].body.num_channels, C, 1)
         self.normalise = Normalise()
+        if cfg.masks:
+            from segmentation import MaskAttention, MaskHead        # here, as it imports this file
+            self.bbox_attention = MaskAttention(cfg)
+            self.mask_head = MaskHead(cfg, self.backbone[0].body)
 
-    def forward(self, images, valid=None):
+    def forward(self, images, valid=None, wanted=None):
         """Predictions of every decoder layer, the last one last.
 
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Returns logits (L, B, Q, K+1), of which the last class is "no object", and
-        boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32.
+        boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32. With
+        cfg.masks also mask logits of the last layer, (B, Q, H4, W4) at a quarter of the images'
+        size; or (M, H4, W4) for M queries: wanted(logits, boxes) gives their (image, query).
         """
         # the image as a grid of tokens
         backbone, position = self.backbone
-        x, valid = backbone(self.normalise(images, valid), valid)
+        x, valid, *maps = backbone(self.normalise(images, valid), valid)
         x = self.input_proj(x)                                                   # (B, C, H, W)
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
@@ -304,10 +312,16 @@ class DETR(nn.Module):
             pos = position(valid)                                                # (B, N, C)
             valid = valid.flatten(1)                                             # (B, N)
 
-        states = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
+        states, memory = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid,
+                                          grid)
         with torch.autocast(images.device.type, enabled=False):     # bfloat16 boxes are 1/256 wrong
             states = states.float()                                              # (L, B, Q, C)
-            return self.class_embed(states), self.bbox_embed(states).sigmoid()
+            logits, boxes = self.class_embed(states), self.bbox_embed(states).sigmoid()
+        if not self.cfg.masks:
+            return logits, boxes
+        attention = self.bbox_attention(states[-1], memory, valid, grid)         # (B, Q, nh, H, W)
+        chosen = wanted(logits, boxes) if wanted else None
+        return logits, boxes, self.mask_head(x, attention, maps, chosen)
 
 
 MODELS = {
@@ -321,6 +335,10 @@ MODELS = {
     "detr_r50_dc5": ModelConfig(dilation=True, grid_rows=84, grid_cols=84),
     "detr_r101": ModelConfig(backbone="resnet101"),
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True, grid_rows=84, grid_cols=84),
+    "detr_r50_panoptic": ModelConfig(masks=True, num_classes=250),
+    "detr_r50_dc5_panoptic": ModelConfig(masks=True, num_classes=250, dilation=True, grid_rows=84,
+                                         grid_cols=84),
+    "detr_r101_panoptic": ModelConfig(masks=True, num_classes=250, backbone="resnet101"),
     **METAFORMERS,
 }
 

@@ -1,0 +1,357 @@
+"""Masks: instance and panoptic segmentation with DETR (arXiv:2005.12872, Sec. 3.3 and 4.3).
+
+    model = build_model("detr_r50", masks=True)
+    logits, boxes, masks = model(images, valid)            # mask logits (B, Q, IH / 4, IW / 4)
+"""
+
+import math
+from contextlib import suppress
+
+import numpy as np
+import torch
+from PIL import Image
+import torch.nn as nn
+import torch.nn.functional as F
+
+from coco_eval import UserError, mask_edges, read_json
+from images import draw_ground, draw_shape
+from check_data import cached_arrays, refuse, short_repr
+from checkpoint import MASK_PARTS
+from data import CocoDataset, ShapesDataset
+from matcher import match
+from losses import loss_normalizers, set_loss
+
+
+# -- the head ------------------------------------------------------------------------------------
+
+class MaskAttention(nn.Module):
+    """Where each query looks in the image: the attention weights of all heads, without values.
+
+    Unlike in cross-attention, the softmax of a query is over all heads and places together.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, self.nh = cfg.hidden_dim, cfg.nheads
+        self.q_linear, self.k_linear = nn.Linear(C, C), nn.Linear(C, C)
+        for linear in (self.q_linear, self.k_linear):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, states, memory, valid, grid):
+        """states (B, Q, C), memory (B, N, C), valid (B, N) or None -> (B, Q, nh, H, W)."""
+        q = self.q_linear(states).unflatten(2, (self.nh, -1))                  # (B, Q, nh, hs)
+        k = self.k_linear(memory).unflatten(2, (self.nh, -1))                  # (B, N, nh, hs)
+        weights = torch.einsum("bqhc,bnhc->bqhn", q * q.shape[3] ** -0.5, k)   # (B, Q, nh, N)
+        if valid is not None:
+            weights = weights.masked_fill(~valid[:, None, None], -math.inf)
+        weights = weights.flatten(2).softmax(2)                                # (B, Q, nh * N)
+        return weights.unflatten(2, (self.nh, *grid))                          # (B, Q, nh, H, W)
+
+
+class MaskHead(nn.Module):
+    """Convolutions from a query's attention maps to its mask, with the backbone's finer maps added
+    on the way (a feature pyramid, arXiv:1612.03144). The names are the official ones.
+
+    A backbone with three maps before its last gives the official head; one with fewer leaves out
+    the finest layers.
+    """
+
+    def __init__(self, cfg, backbone):
+        super().__init__()
+        C, nh = cfg.hidden_dim, cfg.nheads
+        channels = getattr(backbone, "map_channels", None)
+        if channels is None:
+            raise UserError(f"--masks needs the maps of a backbone's stages, which {cfg.backbone} "
+                            f"does not give: use another --backbone")
+        widths = [C + nh, C + nh, C // 2, C // 4, C // 8, C // 16]
+        self.layers = len(channels) + 2
+        for k in range(1, self.layers + 1):
+            self.add_module(f"lay{k}", nn.Conv2d(widths[k - 1], widths[k], 3, padding=1))
+            self.add_module(f"gn{k}", nn.GroupNorm(math.gcd(8, widths[k]), widths[k]))
+        self.out_lay = nn.Conv2d(widths[self.layers], 1, 3, padding=1)
+        for k, c in enumerate(reversed(channels), 1):               # the coarsest map first
+            self.add_module(f"adapter{k}", nn.Conv2d(c, widths[k + 1], 1))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_uniform_(m.weight, a=1)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, tokens, attention, maps, chosen=None):
+        """Mask logits (B, Q, H4, W4) float32, or (M, H4, W4) of the M queries `chosen`.
+
+        tokens (B, N, C) before the encoder; attention (B, Q, nh, H, W); maps: those of the stages
+        before the last (B, _, _, _), finest first; chosen: (image, query), each (M,) int64.
+        """
+        B, Q, nh, H, W = attention.shape
+        if chosen is None:
+            image = torch.arange(B, device=tokens.device).repeat_interleave(Q)
+            attention = attention.flatten(0, 1)                                # (B * Q, nh, H, W)
+        else:
+            image, query = (index.to(tokens.device) for index in chosen)
+            attention = attention[image, query]                                # (M, nh, H, W)
+
+        # a convolution is linear: the tokens' part of the first one is the same for all queries
+        tokens = tokens.transpose(1, 2).unflatten(2, (H, W))                   # (B, C, H, W)
+        w_tokens, w_attention = self.lay1.weight.split((tokens.shape[1], nh), 1)
+        pyramid = [F.conv2d(tokens, w_tokens, self.lay1.bias, padding=1)]
+        pyramid += [self.get_submodule(f"adapter{k}")(x) for k, x in enumerate(reversed(maps), 1)]
+
+        # without gradients, a few queries at a time need little memory
+        some = len(image) if torch.is_grad_enabled() else 16
+        parts = [self.refine(F.conv2d(part, w_attention, padding=1), pyramid, i)
+                 for part, i in zip(attention.split(max(some, 1)), image.split(max(some, 1)))]
+        masks = torch.cat(parts).float()                                       # (M, H4, W4)
+        return masks.unflatten(0, (B, Q)) if chosen is None else masks
+
+    def refine(self, x, pyramid, image):
+        """x (M, C + nh, H, W) of queries in these images (M,) -> (M, H4, W4)."""
+        x = F.relu(self.gn1(x + pyramid[0][image]))
+        x = F.relu(self.gn2(self.lay2(x)))
+        for k, finer in enumerate(pyramid[1:], 3):
+            x = F.interpolate(x, size=finer.shape[2:]) + finer[image]          # nearest
+            norm, conv = self.get_submodule(f"gn{k}"), self.get_submodule(f"lay{k}")
+            x = F.relu(norm(conv(x)))
+        return self.out_lay(x)[:, 0]
+
+
+# -- losses --------------------------------------------------------------------------------------
+
+def mask_losses(masks, wanted, objects):
+    """The focal and the dice loss of M masks: "loss_mask" and "loss_dice", 0-dim tensors.
+
+    masks: logits (M, H4, W4); wanted: bool (M, IH, IW), False in the padding, which counts like the
+    rest of an image; objects: of the whole step, which divide the sums. In float32.
+    Sources: arXiv:1708.02002, Eq. 5 (alpha 1/4, gamma 2); arXiv:1606.04797, Eq. 2, of p without
+    the squares and with 1 added to numerator and denominator.
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        x = F.interpolate(masks[:, None].float(), size=wanted.shape[1:], mode="bilinear")
+        x, y = x.flatten(1), wanted.flatten(1).float()                         # (M, IH * IW)
+        p = x.sigmoid()
+
+        ce = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        focal = (0.75 - 0.5 * y) * (p - y).square() * ce            # weight 1/4 inside, 3/4 outside
+        dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)        # (M,)
+        objects = max(objects, 1)
+        return {"loss_mask": focal.mean(1).sum() / objects, "loss_dice": dice.sum() / objects}
+
+
+def matched_masks(pairs, targets, size):
+    """The masks of the matched objects, bool (M, IH, IW): padded with False to the batch's size.
+
+    pairs: of match, of one layer; targets with "masks" (T, h, w).
+    """
+    masks = torch.zeros(sum(len(query) for query, _ in pairs), *size, dtype=torch.bool)
+    row = 0
+    for (_, index), target in zip(pairs, targets):
+        _, h, w = target["masks"].shape
+        masks[row:row + len(index), :h, :w] = target["masks"][index]
+        row += len(index)
+    return masks
+
+
+def segmentation_losses(run, images, valid, targets, normalizers, global_step):
+    """set_loss of a micro-batch with the losses of the masks, which are computed for the matched
+    queries of the last layer alone; global_step is for classification_losses."""
+    cfg, pairs = run.loss_cfg, []
+    if run.cfg.frozen_weights:
+        freeze_detector(run.raw_model)
+
+    def matched(logits, boxes):
+        used = slice(None) if cfg.aux_loss else slice(-1, None)
+        pairs.extend(match(logits[used], boxes[used], targets, *cfg.costs))
+        image = [torch.full_like(query, i) for i, (query, _) in enumerate(pairs[-1])]
+        return torch.cat(image), torch.cat([query for query, _ in pairs[-1]])
+
+    logits, boxes, masks = run.model(images, valid, matched)
+    losses = set_loss(logits, boxes, targets, cfg, normalizers, pairs)
+    if normalizers is None:
+        normalizers = loss_normalizers(targets, boxes.shape[2])
+    wanted = matched_masks(pairs[-1], targets, images.shape[2:]).to(images.device)
+    losses |= mask_losses(masks, wanted, normalizers[0].item())
+    losses["loss"] = (losses["loss"] + cfg.mask_loss_coef * losses["loss_mask"]
+                      + cfg.dice_loss_coef * losses["loss_dice"])
+    return losses
+
+
+def freeze_detector(model):
+    """Trains the mask head alone: the rest is in eval mode, without dropout, and without gradients.
+    (The official code leaves its dropout on.)"""
+    for name, module in model.named_children():
+        if f"{name}." not in MASK_PARTS:
+            module.requires_grad_(False).eval()
+
+
+# -- masks as pixels and as runs -----------------------------------------------------------------
+
+def edge_pixels(edges, h, w):
+    """The pixels, bool (h, w), of a mask given by the edges of its runs: see coco_eval.py."""
+    inside = np.arange(len(edges) + 1) % 2 == 1
+    return np.repeat(inside, np.diff(edges, prepend=0, append=h * w)).reshape(w, h).T
+
+
+def pixel_edges(mask):
+    """The edges of the runs of a mask's pixels, bool (h, w)."""
+    column_by_column = np.pad(mask.T.ravel(), 1)
+    return np.flatnonzero(column_by_column[1:] != column_by_column[:-1])
+
+
+def compressed(edges, h, w):
+    """COCO's compressed run-length code of a mask, a str; coco_eval.unpack_counts reads it."""
+    counts = np.diff(edges, prepend=0, append=h * w)
+    if not counts[-1]:                                              # the mask ends in the corner
+        counts = counts[:-1]
+    x = counts.copy()
+    x[3:] -= counts[1:-2]                                           # differences to two before
+
+    # 5 bits a character, the lowest first, the last one's highest bit is the sign
+    place = np.arange(7)
+    needed = 1 + np.isin(x[:, None] >> 5 * place + 4, (0, -1), invert=True).sum(1)[:, None]
+    code = (x[:, None] >> 5 * place & 31) + np.where(place < needed - 1, 32, 0) + 48
+    return code[place < needed].astype(np.uint8).tobytes().decode()
+
+
+# -- masks of a data set -------------------------------------------------------------------------
+
+def nearest(index, size):
+    """`size` entries of an index (n,), each the one below its place: F.interpolate's "nearest"."""
+    scale = np.float32(len(index)) / np.float32(size)
+    return index[np.floor(np.arange(size, dtype=np.float32) * scale).astype(int)]
+
+
+def source_pixels(h, w, plan):
+    """The rows and the columns of an image of h x w pixels of which a data.Plan makes its result:
+    (H,) and (W,). Resizing takes the nearest pixel."""
+    rows, columns = np.arange(h), np.arange(w)
+    if plan.flip:
+        columns = columns[::-1]
+    if plan.resize_before_crop:
+        rows, columns = map(nearest, (rows, columns), plan.resize_before_crop)
+    if plan.crop:
+        top, left, height, width = plan.crop
+        rows, columns = rows[top:top + height], columns[left:left + width]
+    return tuple(map(nearest, (rows, columns), plan.size))
+
+
+class Masks:
+    """The masks of a data set's objects. A subclass has edges or pixels of its own."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def edges(self, i):
+        """The edges of the runs of all objects of image i, crowds included: a list."""
+        return [pixel_edges(mask) for mask in self.pixels(i)]
+
+    def pixels(self, i):
+        """The same as a list of bool (h, w)."""
+        return [edge_pixels(edges, *self.dataset.sizes[i]) for edges in self.edges(i)]
+
+    def of_plan(self, i, rows, plan):
+        """The masks of objects of image i, augmented as the image: bool tensor (T, H, W); rows: of
+        the objects in the data set's arrays."""
+        y, x = source_pixels(*self.dataset.sizes[i].tolist(), plan)
+        masks, pixels = np.zeros((len(rows), len(y), len(x)), bool), self.pixels(i)
+        for mask, row in zip(masks, rows - self.dataset.offsets[i]):
+            mask[:] = pixels[row][:, x][y]
+        return torch.from_numpy(masks)
+
+
+class ShapeMasks(Masks):
+    """Those of generated shapes: what is to be seen of each."""
+
+    def pixels(self, i):
+        # the image again, with the same random numbers, but each object in its number
+        rng, objects, ground = self.dataset._scene(self.dataset.files[i])
+        draw_ground(rng, ground, self.dataset.side)
+        canvas = Image.new("L", (self.dataset.side, self.dataset.side))
+        for k, (label, box, _) in enumerate(objects, 1):
+            draw_shape(canvas, rng, label, box, fill=k)
+        return [np.array(canvas) == k for k in range(1, len(objects) + 1)]
+
+
+def segmentation_parts(record, h, w):
+    """A COCO segmentation as numbers: (its polygons, or the edges of its run-length code, as a list
+    of float64 arrays; whether it is a code). Raises ValueError."""
+    segmentation = record.get("segmentation")
+    if isinstance(segmentation, dict):
+        return [mask_edges(segmentation, h, w)], True
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError(f"it is {short_repr(segmentation)}")
+    for ring in segmentation:
+        if ring.dtype.kind not in "iuf" or ring.ndim != 1 or len(ring) < 6 or len(ring) % 2 or not (
+                np.abs(ring) < 1e6).all():
+            raise ValueError(f"a polygon is {short_repr(ring.tolist())}")
+    return segmentation, False
+
+
+def read_segmentations(json_path, dataset):
+    """The segmentations of a COCO instances file as flat arrays, in the order of read_coco.
+
+    "numbers": coordinates of polygons, edges of run-length codes; "parts" (P + 1,): where each of
+    these begins; "objects" (M + 1,): where the parts of each object begin; "is_code" (M,) bool;
+    "area" (M,), NaN where there is none; "first" (N + 1,): where the objects of each image begin.
+    """
+    def as_arrays(record):                         # while the file is read: lists take much memory
+        if isinstance(record.get("segmentation"), list):
+            with suppress(ValueError):
+                record["segmentation"] = [np.array(ring) for ring in record["segmentation"]]
+        return record
+
+    records = read_json(json_path, "a COCO instances file", as_arrays)["annotations"]
+    image_index = {id_: i for i, id_ in enumerate(dataset.image_ids.tolist())}
+    image = np.array([image_index[r["image_id"]] for r in records], np.int64)
+    order = np.argsort(image, kind="stable")
+
+    found, faults = [], []
+    for row in order.tolist():
+        try:
+            found.append(segmentation_parts(records[row], *dataset.sizes[image[row]].tolist()))
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            name = short_repr(records[row].get("id", f"number {row}"))
+            faults.append(f"{json_path}: annotation {name}: segmentation should be polygons of "
+                          f"three points or more, or a run-length code: {error}")
+    refuse(json_path, faults)
+    parts = [part for own, _ in found for part in own]
+    area = [records[row].get("area") for row in order.tolist()]
+    return {"numbers": np.concatenate([np.zeros(0), *parts]),
+            "parts": np.cumsum([0] + [len(part) for part in parts]),
+            "objects": np.cumsum([0] + [len(own) for own, _ in found]),
+            "is_code": np.array([is_code for _, is_code in found], bool),
+            "area": np.array([math.nan if a is None else a for a in area], np.float64),
+            "first": np.searchsorted(image[order], np.arange(len(image_index) + 1))}
+
+
+class CocoMasks(Masks):
+    """Those of a COCO instances file: polygons and run-length codes."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.image_ids, self.sizes = dataset.image_ids, dataset.sizes   # before --overfit
+        self.__dict__.update(cached_arrays(
+            dataset.source, lambda: read_segmentations(dataset.source, dataset), "masks"))
+
+    def edges(self, i):
+        h, w = self.dataset.sizes[i].tolist()
+        image = np.searchsorted(self.image_ids, self.dataset.image_ids[i])
+        masks = []
+        for row in range(self.first[image], self.first[image + 1]):
+            ends = self.parts[self.objects[row]:self.objects[row + 1] + 1]
+            parts = [self.numbers[a:b] for a, b in zip(ends, ends[1:])]
+            if self.is_code[row]:
+                masks.append(parts[0].astype(np.int64))
+            else:
+                masks.append(mask_edges(parts, h, w))
+        return masks
+
+
+def add_masks(dataset):
+    """Gives a data set the masks of its objects, which its targets then have, too."""
+    if isinstance(dataset, ShapesDataset):
+        dataset.masks = ShapeMasks(dataset)
+    elif isinstance(dataset, CocoDataset):
+        dataset.masks = CocoMasks(dataset)
+    elif dataset.masks is None:
+        raise UserError(f"--masks: {type(dataset).__name__} has none, give it a field `masks`, as "
+                        f"segmentation.py's Masks")
