@@ -291,15 +291,22 @@ def load_backbone(model, weights):
 
 
 def first_weights(model, cfg, state, classes):
-    """Gives the model the weights to start from: of a checkpoint's state, --finetune or
-    --backbone_weights. Returns lines for the banner."""
+    """Gives the model the weights to start from: of a checkpoint's state, --frozen_weights,
+    --finetune or --backbone_weights. Returns lines for the banner."""
     if state:
         if state["classes"] != classes:
             raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
                             f"the data {classes[:20]}; --finetune starts with another head")
         load_weights(model, state)
         return []
-    if cfg.finetune:
+    if cfg.frozen_weights:
+        report = load_weights(model, cfg.frozen_weights, strict=False)
+        differ = [line for line in report if not line.startswith(MASK_PARTS)]
+        if differ:
+            raise UserError(f"--frozen_weights {cfg.frozen_weights} is of another detector than "
+                            f"this run's:\n" + "\n".join(differ[:20]))
+        first = f"weights  {cfg.frozen_weights}, frozen but for the mask head"
+    elif cfg.finetune:
         source = read_checkpoint(cfg.finetune)
         if isinstance(source, dict) and source.get("classes", classes) != classes:
             source["model"] = {k: v for k, v in source["model"].items()
@@ -312,6 +319,16 @@ def first_weights(model, cfg, state, classes):
     else:
         return []
     return [first, *(f"         {line}" for line in report or ["all taken"])]
+
+
+def frozen_classes(cfg):
+    """The classes of the detector of --frozen_weights, by its outputs; None without one."""
+    if not cfg.frozen_weights:
+        return None
+    state = read_checkpoint(cfg.frozen_weights)
+    if "model_config" in state:
+        return read_run(cfg.frozen_weights, state)["classes"]
+    return official_classes(official_fields(cfg.frozen_weights, state, False)["num_classes"])
 
 
 def load_optimizer(optimizer, state):

@@ -51,6 +51,7 @@ class TrainConfig:
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
     finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
+    frozen_weights: Annotated[str, "trains the mask head alone on this model's detector"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
     output_dir: Annotated[str, "folder of checkpoints, logs and pictures"] = "out"
     save_minutes: Annotated[float, "minutes between checkpoints; 0: after epochs only", 0] = 10.0
@@ -73,6 +74,8 @@ class TrainConfig:
         if self.max_size > 20_000:
             raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
                             f"holds the maps of such images")
+        if self.frozen_weights and self.finetune:
+            raise UserError("--frozen_weights and --finetune both say what to start from, give one")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed} must be below 2**63")
         if self.max_size < self.image_size:
@@ -113,7 +116,8 @@ PRESETS = {
                     smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 # options of TrainConfig that mean nothing to a classifier
-DETECTOR_ONLY_OPTIONS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights"}
+DETECTOR_ONLY_OPTIONS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights",
+                         "frozen_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 
@@ -198,7 +202,9 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
-             "val_shapes": ("the built-in data", built_in)}
+             "val_shapes": ("the built-in data", built_in),
+             **{name: ("--masks", getattr(model_cfg, "masks", False))
+                for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()
             if name in given and not met]
     if idle:

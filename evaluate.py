@@ -56,7 +56,7 @@ def check_finite(detections, image):
 
 def detection_rows(outputs, targets, dataset):
     """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
-    logits, boxes = outputs                                         # of all decoder layers
+    logits, boxes, *_ = outputs                                     # of all decoder layers
     rows = []
     found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
     for target, d in zip(targets, found):
@@ -121,8 +121,15 @@ def evaluate(model, loader, device, dtype=torch.float32):
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype)
-    dataset = loader.dataset
-    rows = collect_rows(model, loader, device, dtype, detection_rows, 7)
+    if model.cfg.masks:
+        from segmentation import evaluate_masks    # here, as that file imports this one
+        return evaluate_masks(model, loader, device, dtype)
+    return evaluate_rows(collect_rows(model, loader, device, dtype, detection_rows, 7),
+                         loader.dataset)
+
+
+def evaluate_rows(rows, dataset):
+    """The COCO evaluation of detections (D, 7) of all images; see evaluate."""
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
@@ -137,12 +144,14 @@ def evaluate_classifier(model, loader, device, dtype=torch.float32):
     return class_accuracy(rows, loader.dataset)
 
 
-def coco_results(rows, dataset):
-    """Detections (D, 7) as a list of dicts in COCO's results format, with the original ids."""
+def coco_results(rows, dataset, masks=None):
+    """Detections (D, 7) as a list of dicts in COCO's results format, with the original ids; masks:
+    of each detection a dict with its "segmentation"."""
     image_ids = dataset.image_ids.tolist()
     return [{"image_id": image_ids[int(i)], "category_id": dataset.category_ids[int(k)],
-             "bbox": [round(v, 3) for v in box], "score": score}
-            for i, k, score, *box in rows.tolist() if dataset.category_ids[int(k)] is not None]
+             "bbox": [round(v, 3) for v in box], "score": score, **mask}
+            for (i, k, score, *box), mask in zip(rows.tolist(), masks or [{}] * len(rows))
+            if dataset.category_ids[int(k)] is not None]
 
 
 # -- python evaluate.py --------------------------------------------------------------------------
@@ -213,7 +222,8 @@ def evaluation_set(args, model, info):
     cfg = TrainConfig(**dict(options, max_size=max(options["max_size"], options["image_size"])))
     if not classifier:
         check_grid(model.cfg, cfg)
-    dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0))
+    dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0),
+                            getattr(model.cfg, "masks", False))
     if len(dataset.classes) != model.cfg.num_classes:
         raise UserError(f"{args.data} has {len(dataset.classes)} class folders, the model "
                         f"{model.cfg.num_classes} classes: all must be there, in the order of its "
@@ -269,7 +279,7 @@ def main(argv=None):
     result = evaluate(model.to(check_device(args.device)), loader, args.device)
     if args.save_json:
         with open(args.save_json, "w") as file:
-            json.dump(coco_results(result["rows"], dataset), file)
+            json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(accuracy_json(result) if classifier else result_json(result), file)

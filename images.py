@@ -88,7 +88,7 @@ def draw_boxes(image, boxes_xyxy, names, scores=None):
     order = range(len(names)) if scores is None else np.argsort(np.asarray(scores))  # best on top
     for i in order:
         x1, y1, x2, y2 = [float(v) for v in boxes_xyxy[i]]
-        color = f"hsl({zlib.crc32(names[i].encode()) % 360}, 90%, 40%)"  # a class keeps its colour
+        color = class_color(names[i])
         draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
 
         # the label above the box, moved by (dx, dy) into the image
@@ -98,6 +98,24 @@ def draw_boxes(image, boxes_xyxy, names, scores=None):
         dy = max(0, -top)
         draw.rectangle([left + dx, top + dy, right + dx, bottom + dy], color)
         draw.text((x1 + dx, y1 + dy), text, "white", font=font, anchor="lb")
+    return image
+
+
+def class_color(name):
+    """A colour that a class keeps, for Pillow."""
+    return f"hsl({zlib.crc32(name.encode()) % 360}, 90%, 40%)"
+
+
+def draw_masks(image, masks, names):
+    """A copy of the PIL image with masks, bool (T, h, w), in the colours of their classes, the last
+    one on top, each with an outline."""
+    image = image.copy()
+    for mask, name in zip(masks, names):
+        mask = np.asarray(mask)
+        inner = np.pad(mask, 1)
+        inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        opacity = np.where(mask & ~inner, 230, 110 * mask).astype(np.uint8)
+        image.paste(class_color(name), mask=Image.fromarray(opacity))
     return image
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from coco_eval import UserError, UserFileError
-from images import contact_sheet
+from images import contact_sheet, draw_masks
 from resnet import RESNETS
 from data import collate, cxcywh_to_xyxy, to_device
 from matcher import NotFiniteError
@@ -288,6 +288,8 @@ def draw_batch(run, images, valid, targets):
         boxes = cxcywh_to_xyxy(target.get("boxes", torch.tensor([[0.5, 0.5, 1, 1]])))
         boxes = boxes * torch.tensor([w, h, w, h])
         picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
+        if "masks" in target:
+            picture = draw_masks(picture, target["masks"], [classes[k] for k in target["labels"]])
         items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
     contact_sheet(items).save(os.path.join(run.cfg.output_dir, "first_batch.jpg"))
 

@@ -5,21 +5,25 @@
 """
 
 import math
+import os
 from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
-from coco_eval import UserError, mask_edges, read_json
-from images import draw_ground, draw_shape
-from check_data import cached_arrays, refuse, short_repr
-from checkpoint import MASK_PARTS
+from coco_eval import UserError, evaluate_columns, mask_box, mask_edges, read_json
+from images import contact_sheet, draw_ground, draw_masks, draw_shape, read_image
+from check_data import as_instances, cached_arrays, file_faults, refuse, short_repr
 from data import CocoDataset, ShapesDataset
+from checkpoint import MASK_PARTS
 from matcher import match
 from losses import loss_normalizers, set_loss
+from evaluate import collect_rows, detection_rows, evaluate_rows
+from report import detection_report
 
 
 # -- the head ------------------------------------------------------------------------------------
@@ -238,7 +242,11 @@ class Masks:
     """The masks of a data set's objects. A subclass has edges or pixels of its own."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
+        self.dataset, self.columns = dataset, None                  # of true_columns
+
+    def areas(self):
+        """The areas (M,) of all objects as annotated; NaN: the mask's own."""
+        return np.full(len(self.dataset.labels), math.nan)
 
     def edges(self, i):
         """The edges of the runs of all objects of image i, crowds included: a list."""
@@ -287,7 +295,8 @@ def segmentation_parts(record, h, w):
 
 
 def read_segmentations(json_path, dataset):
-    """The segmentations of a COCO instances file as flat arrays, in the order of read_coco.
+    """The segmentations of a COCO file as flat arrays, in the order of read_coco: for a panoptic
+    file read_panoptic's; for an instances file:
 
     "numbers": coordinates of polygons, edges of run-length codes; "parts" (P + 1,): where each of
     these begins; "objects" (M + 1,): where the parts of each object begin; "is_code" (M,) bool;
@@ -299,7 +308,10 @@ def read_segmentations(json_path, dataset):
                 record["segmentation"] = [np.array(ring) for ring in record["segmentation"]]
         return record
 
-    records = read_json(json_path, "a COCO instances file", as_arrays)["annotations"]
+    data = read_json(json_path, "a COCO instances file", as_arrays)
+    records = data["annotations"]
+    if as_instances(data) is not data:
+        return read_panoptic(json_path, data, dataset)
     image_index = {id_: i for i, id_ in enumerate(dataset.image_ids.tolist())}
     image = np.array([image_index[r["image_id"]] for r in records], np.int64)
     order = np.argsort(image, kind="stable")
@@ -326,11 +338,10 @@ def read_segmentations(json_path, dataset):
 class CocoMasks(Masks):
     """Those of a COCO instances file: polygons and run-length codes."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, arrays):
         super().__init__(dataset)
-        self.image_ids, self.sizes = dataset.image_ids, dataset.sizes   # before --overfit
-        self.__dict__.update(cached_arrays(
-            dataset.source, lambda: read_segmentations(dataset.source, dataset), "masks"))
+        self.__dict__.update(arrays)                                # of read_segmentations
+        self.image_ids = dataset.image_ids                          # before --overfit
 
     def edges(self, i):
         h, w = self.dataset.sizes[i].tolist()
@@ -345,13 +356,284 @@ class CocoMasks(Masks):
                 masks.append(mask_edges(parts, h, w))
         return masks
 
+    def areas(self):
+        images = np.searchsorted(self.image_ids, self.dataset.image_ids)
+        return np.concatenate([self.area[self.first[i]:self.first[i + 1]] for i in images])
+
+
+def read_panoptic(json_path, data, dataset):
+    """The segments of a COCO panoptic file as arrays, in the order of read_coco: "segment" (M,), ids
+    in the PNG files; "first" (N + 1,): where the segments of each image begin; "png" (N,): names of
+    the files, in a folder beside the JSON file and named like it; "stuff": names of classes.
+
+    Raises UserError, UserFileError for missing files.
+    """
+    images = {id_: i for i, id_ in enumerate(dataset.image_ids.tolist())}
+    png, segments = [""] * len(images), [[]] * len(images)
+    for r in data["annotations"]:
+        i = images[r["image_id"]]
+        png[i], segments[i] = r.get("file_name"), [s["id"] for s in r["segments_info"]]
+    listed = [name for name in png if name]
+    refuse(json_path, file_faults(json_path, listed, listed, png_folder(json_path)))
+    stuff = [c["name"] for c in data["categories"] if not c.get("isthing", 1)]
+    return {"segment": np.array([s for own in segments for s in own], np.int64),
+            "first": np.cumsum([0] + [len(own) for own in segments]),
+            "png": np.array([os.fsencode(name) for name in png]),
+            "stuff": np.array([os.fsencode(name) for name in stuff] or [b""])}
+
+
+def png_folder(json_path):
+    return os.path.splitext(json_path)[0]
+
+
+class PanopticMasks(Masks):
+    """Those of a COCO panoptic file: PNG files in which the colour of a pixel is its segment's id,
+    red + 256 green + 256**2 blue; 0 where nothing is annotated."""
+
+    def __init__(self, dataset, arrays):
+        super().__init__(dataset)
+        self.image_ids = dataset.image_ids                          # before --overfit
+        self.first, self.segment = arrays["first"], arrays["segment"]
+        self.folder, self.png = png_folder(dataset.source), arrays["png"]
+        stuff = [os.fsdecode(name) for name in arrays["stuff"].tolist()]
+        dataset.things = [name not in stuff for name in dataset.classes]
+
+    def segments(self, i):
+        """The id of the segment of each pixel of image i, (h, w), and the ids of its segments."""
+        image = np.searchsorted(self.image_ids, self.dataset.image_ids[i])
+        own = self.segment[self.first[image]:self.first[image + 1]]
+        size = self.dataset.sizes[i].tolist()
+        if not len(own):
+            return np.zeros(size, int), own
+        path = os.path.join(self.folder, os.fsdecode(self.png[image]))
+        rgb = np.array(read_image(path, size), int)
+        return rgb @ (1, 256, 256**2), own
+
+    def pixels(self, i):
+        ids, own = self.segments(i)
+        return [ids == segment for segment in own]
+
 
 def add_masks(dataset):
     """Gives a data set the masks of its objects, which its targets then have, too."""
     if isinstance(dataset, ShapesDataset):
         dataset.masks = ShapeMasks(dataset)
     elif isinstance(dataset, CocoDataset):
-        dataset.masks = CocoMasks(dataset)
+        path = dataset.source
+        arrays = cached_arrays(path, lambda: read_segmentations(path, dataset), "masks")
+        dataset.masks = (PanopticMasks if "segment" in arrays else CocoMasks)(dataset, arrays)
     elif dataset.masks is None:
         raise UserError(f"--masks: {type(dataset).__name__} has none, give it a field `masks`, as "
                         f"segmentation.py's Masks")
+
+
+# -- panoptic segmentation -----------------------------------------------------------------------
+
+def panoptic_queries(logits, threshold=0.85):
+    """Queries whose best class is an object's, with a probability over the threshold: bool (..., Q)
+    of logits (..., Q, K+1), and their labels (..., Q)."""
+    scores, labels = logits.float().softmax(-1).max(-1)
+    return (labels < logits.shape[-1] - 1) & (scores > threshold), labels
+
+
+def merge_masks(logits, labels, things, canvas, size, original_size):
+    """One segment for each pixel of an image, from masks that overlap.
+
+    logits (n, H4, W4), labels: a list of n; things: bool of each class, False for stuff; the sizes
+    as of full_masks. Returns the number of the segment of each pixel, 1 for the first, int (h, w),
+    and the labels of the segments. A pixel is of the mask with the highest logit; the masks of one
+    class of stuff are one segment; segments of 4 pixels or fewer are dropped and their pixels given
+    to the others, until none is left. Source: the official PostProcessPanoptic, which numbers the
+    segments from 0.
+    """
+    h, w = size
+    if len(logits):
+        logits = F.interpolate(logits[:, None].float(), size=tuple(canvas), mode="bilinear")
+        logits = logits[:, 0, :h, :w].cpu()
+    first_of_class = {label: labels.index(label) for label in labels if not things[label]}
+    merged = [first_of_class.get(label, k) for k, label in enumerate(labels)]
+
+    while labels:
+        # of 0, 1, ... n - 1, in the original size; stuff is merged the first time alone
+        segment = np.array(merged, np.int32)[logits.softmax(0).argmax(0).numpy()]
+        segment = Image.fromarray(segment).resize(original_size[::-1], Image.Resampling.NEAREST)
+        segment = np.array(segment)
+        large = np.bincount(segment.ravel(), minlength=len(labels)) > 4
+        if large.all():
+            return segment + 1, labels
+        logits, labels = logits[large], [label for label, ok in zip(labels, large) if ok]
+        merged = range(len(labels))
+    return np.zeros(original_size, np.int32), []
+
+
+def panoptic_counts(dataset, i, found, labels):
+    """What is found of image i: the sum of the IoUs of the matches, and the number of matches, of
+    segments found in vain and of those missed, float64 (K, 4) by class.
+
+    found, labels: of merge_masks. A match is an IoU over 1/2 with a segment of the class; pixels
+    without annotation count for none, and a segment that lies mostly there or in a crowd of its
+    class is not in vain. Source: arXiv:1801.00868, Sec. 4, as in panopticapi.
+    """
+    # how many pixels each pair of segments shares
+    ids, own = dataset.masks.segments(i)
+    values, place = np.unique(np.append(ids.ravel(), [0, *own]), return_inverse=True)
+    P, place = len(labels), place.ravel()
+    shared = np.bincount(place[:ids.size] * (P + 1) + found.ravel(), minlength=len(values) * (P + 1))
+    shared = shared.reshape(-1, P + 1)                                         # (values, P + 1)
+    of_found = shared[:, 1:].sum(0)                                            # (P,) pixels
+    nowhere = shared[np.searchsorted(values, 0), 1:]                           # (P,)
+    shared = shared[np.searchsorted(values, own), 1:]                          # (G, P)
+
+    rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
+    truth, crowd, area = dataset.labels[rows], dataset.crowd[rows], dataset.area[rows]
+    labels = np.array(labels, int)
+    union = of_found + area[:, None] - shared - nowhere
+    same = truth[:, None] == labels
+    match = same & ~crowd[:, None] & (2 * shared > union)
+
+    # the last crowd of a class stands for all, as in panopticapi
+    ignored = nowhere.copy()
+    for g in np.flatnonzero(crowd):
+        ignored[same[g]] = (nowhere + shared[g])[same[g]]
+    in_vain = ~match.any(0) & (2 * ignored <= of_found)
+    missed = ~match.any(1) & ~crowd
+
+    K, (g, p) = len(dataset.classes), np.nonzero(match)
+    iou = shared[g, p] / union[g, p]
+    return np.stack([np.bincount(truth[g], iou, K), np.bincount(truth[g], minlength=K),
+                     np.bincount(labels[in_vain], minlength=K),
+                     np.bincount(truth[missed], minlength=K)], 1)
+
+
+def panoptic_quality(counts, things):
+    """Panoptic quality and its factors: {"all": {"pq", "sq" (segmentation), "rq" (recognition), "n"
+    (classes)}, "things": ..., "stuff": ...}, means over the classes that are there.
+
+    counts (K, 4): panoptic_counts of all images, added up; things: bool of each class.
+    Source: arXiv:1801.00868, Eq. 1 and 2.
+    """
+    iou, right, in_vain, missed = counts.T
+    there, things = counts[:, 1:].sum(1) > 0, np.array(things)
+    half = np.maximum(right + in_vain / 2 + missed / 2, 0.5)
+    values = {"pq": iou / half, "sq": iou / np.maximum(right, 1), "rq": right / half}
+    kinds = {"all": there, "things": there & things, "stuff": there & ~things}
+    return {kind: {**{name: v[use].mean() if use.any() else 0.0 for name, v in values.items()},
+                   "n": int(use.sum())} for kind, use in kinds.items()}
+
+
+# -- evaluation ----------------------------------------------------------------------------------
+
+def full_masks(logits, canvas, size, original_size):
+    """The masks of one image in its original size, bool (n, *original_size), a numpy array.
+
+    logits (n, H4, W4); canvas: height and width of the batch, with padding; size: of the image in
+    it. As officially, bilinear to the canvas, then the nearest pixel.
+    """
+    y, x = (torch.from_numpy(nearest(np.arange(n), most)) for n, most in zip(size, original_size))
+    masks = np.zeros((len(logits), *original_size), bool)
+    for first in range(0, len(logits), 16):                         # which bounds the memory
+        some = logits[first:first + 16, None].float()
+        some = F.interpolate(some, size=canvas, mode="bilinear")[:, 0] > 0
+        masks[first:first + 16] = some.cpu()[:, y][:, :, x]
+    return masks
+
+
+def mask_columns(edges, heights):
+    """The columns of masks that evaluate_columns takes, from their edges; heights: of the images
+    they are of."""
+    column = np.empty(len(edges), object)
+    column[:] = [*edges, None][:-1]
+    boxes = np.array([mask_box(e, h) for e, h in zip(edges, heights)], np.float64).reshape(-1, 4)
+    area = np.array([(e[1::2] - e[::2]).sum() for e in edges], np.float64)
+    return {"mask": column, "box": boxes, "area": area}
+
+
+def true_columns(dataset):
+    """The ground truth with masks as evaluate_columns takes it, computed once."""
+    if dataset.masks.columns is None:
+        columns = dataset.columns()
+        edges = [own for i in range(len(dataset)) for own in dataset.masks.edges(i)]
+        shown = mask_columns(edges, dataset.sizes[columns["image"], 0])
+        given = dataset.masks.areas()
+        shown["area"] = np.where(np.isnan(given), shown["area"], given)
+        dataset.masks.columns = {**columns, **shown}
+    return dataset.masks.columns
+
+
+def evaluate_masks(model, loader, device, dtype=torch.float32):
+    """evaluate() of a model with masks. Adds to the dict: "masks", for each detection a dict with
+    its "segmentation" in COCO's compressed form; "segm", the evaluation of the masks; and on
+    panoptic data "panoptic", the dict of panoptic_quality."""
+    dataset, found_of_image = loader.dataset, {}
+    panoptic = isinstance(dataset.masks, PanopticMasks)
+
+    def rows_and_masks(outputs, targets, dataset):
+        canvas = np.max([dataset.size_of(0, t["index"]) for t in targets], axis=0).tolist()
+        for logits, masks, target in zip(outputs[0][-1], outputs[2], targets):
+            i = target["index"]
+            sizes = canvas, dataset.size_of(0, i), target["orig_size"]
+            codes = [compressed(pixel_edges(mask), *target["orig_size"])
+                     for mask in full_masks(masks, *sizes)]
+            counts = None
+            if panoptic:
+                used, labels = panoptic_queries(logits)
+                found = merge_masks(masks[used], labels[used].tolist(), dataset.things, *sizes)
+                counts = panoptic_counts(dataset, i, *found)
+            found_of_image[i] = codes, counts
+        return detection_rows(outputs, targets, dataset)
+
+    rows = collect_rows(model, loader, device, dtype, rows_and_masks, 7)
+    result = evaluate_rows(rows, dataset)
+    for theirs in gather_objects(found_of_image):
+        found_of_image.update(theirs)
+
+    # the detections in the order of rows: by image, then by query
+    masks = [{"segmentation": {"size": dataset.sizes[i].tolist(), "counts": code}}
+             for i in sorted(found_of_image) for code in found_of_image[i][0]]
+    image, category = rows[:, :2].long().T.numpy()
+    edges = [mask_edges(mask["segmentation"], *mask["segmentation"]["size"]) for mask in masks]
+    found = {"image": image, "category": category, "score": rows[:, 2].numpy(),
+             **mask_columns(edges, dataset.sizes[image, 0])}
+    segm = evaluate_columns(true_columns(dataset), found, len(dataset.classes))
+    names = {name: result[name] for name in ("classes", "category_ids")}
+    result |= {"masks": masks, "segm": {**segm, **names}}
+    if panoptic:
+        counts = sum(found_of_image[i][1] for i in sorted(found_of_image))
+        result["panoptic"] = panoptic_quality(counts, dataset.things)
+    return result
+
+
+def gather_objects(mine):
+    """The objects of all processes, as a list."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def segmentation_report(result):
+    """detection_report with the masks: the score is their AP."""
+    _, line, entries = detection_report(result)
+    stats = result["segm"]["stats"].tolist()
+    line = f"{line}  masks: AP {stats[0]:.3f}  AP50 {stats[1]:.3f}"
+    entries["test_coco_eval_masks"] = stats
+    if "panoptic" in result:
+        quality = result["panoptic"]
+        line += f"  PQ {quality['all']['pq']:.3f}"
+        entries |= {"test_PQ_all": quality["all"], "test_PQ_th": quality["things"],
+                    "test_PQ_st": quality["stuff"]}
+    return stats[0], line, entries
+
+
+def draw_mask_detections(result, dataset, threshold=0.7):
+    """draw_detections with the masks."""
+    rows, items = result["rows"].numpy(), []
+    for i in range(min(16, len(dataset))):
+        found = np.flatnonzero((rows[:, 0] == i) & (rows[:, 2] > threshold))
+        names = [dataset.classes[int(k)] for k in rows[found, 1]]
+        size, codes = dataset.sizes[i].tolist(), [result["masks"][k] for k in found]
+        masks = [edge_pixels(mask_edges(code["segmentation"], *size), *size) for code in codes]
+        boxes = np.concatenate([rows[found, 3:5], rows[found, 3:5] + rows[found, 5:]], 1)
+        items.append((draw_masks(dataset.read(i), masks, names), boxes, names, rows[found, 2]))
+    return contact_sheet(items)

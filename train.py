@@ -29,8 +29,8 @@ from coco_eval import UserError
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
-from checkpoint import (check_output_dir, find_resume, first_weights, load_optimizer,
-                        lock_output_dir, save_run, truncate_logs)
+from checkpoint import (check_output_dir, find_resume, first_weights, frozen_classes,
+                        load_optimizer, lock_output_dir, save_run, truncate_logs)
 from model import build_model
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
@@ -39,6 +39,8 @@ from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, hms, ignore_signals, say)
+from segmentation import (draw_mask_detections, freeze_detector, segmentation_losses,
+                          segmentation_report)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ Task = namedtuple("Task", "losses evaluate report draw")
 DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
 CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
                       draw_classes)
+SEGMENTATION = Task(segmentation_losses, evaluate, segmentation_report, draw_mask_detections)
 
 
 @dataclass
@@ -318,8 +321,9 @@ def train(run):
 def build_datasets(cfg, model_cfg):
     """Training and validation set, with the same classes."""
     crop_fraction = getattr(model_cfg, "crop_fraction", 1.0)        # of a classifier
-    train_set = build_dataset(cfg, "train", None, crop_fraction)
-    val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction)
+    masks = getattr(model_cfg, "masks", False)                      # of a detector
+    train_set = build_dataset(cfg, "train", frozen_classes(cfg), crop_fraction, masks)
+    val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction, masks)
     if cfg.kind == "coco" and train_set.crowd.all():
         raise UserError(f"{train_set.source} has no annotations but crowds, there is nothing to "
                         f"learn")
@@ -373,6 +377,8 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     torch.manual_seed(cfg.seed)
     raw_model = build_model(model_cfg)
     weight_lines = first_weights(raw_model, cfg, state, train_set.classes)
+    if cfg.frozen_weights:
+        freeze_detector(raw_model)
     raw_model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(raw_model, cfg)
     if state:
@@ -385,9 +391,10 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     # TF32 in training only
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
-    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg,
-              task=CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION,
-              raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
+    task = CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION
+    if getattr(model_cfg, "masks", False):
+        task = SEGMENTATION
+    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
               val_loader=val_loader, rank=rank, world=world, device=device,
               dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock)
     if rank == 0:
