@@ -435,6 +435,7 @@ def save_run(run, name="ckpt.pt", keep_previous=False):
         state = dict(
             format=2, **config_dicts(run.model_cfg, run.loss_cfg, cfg), paths=paths,
             classes=dataset.classes, category_ids=getattr(dataset, "category_ids", None),
+            things=getattr(dataset, "things", None),               # of panoptic data
             epoch=run.epoch, step=run.step, sums=run.epoch_sums, best_score=run.best_score,
             model=run.raw_model.state_dict(), optimizer=run.optimizer.state_dict())
         save_checkpoint(os.path.join(cfg.output_dir, name), state,

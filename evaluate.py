@@ -211,7 +211,8 @@ def evaluation_set(args, model, info):
 
     # flags over the checkpoint's options, as the options of a run that is evaluated only
     if not options:
-        options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
+        detector = "detr_r50_panoptic" if getattr(model.cfg, "masks", False) else "detr_r50"
+        options = dict(model=args.model or detector, image_size=224 if classifier else 800)
     if args.data or args.val_json:                                   # (a run names both splits)
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
                        val_json=args.val_json, val_images=args.val_images, overfit=0)
@@ -280,10 +281,15 @@ def main(argv=None):
     if args.save_json:
         with open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
+    numbers = accuracy_json(result) if classifier else result_json(result)
+    tables = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
+    if "segm" in result:
+        from segmentation import mask_json, mask_tables
+        numbers, tables = numbers | mask_json(result), f"{tables}\n\n{mask_tables(result)}"
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(accuracy_json(result) if classifier else result_json(result), file)
-    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
+            json.dump(numbers, file)
+    print(tables)
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")

@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from coco_eval import UserError, evaluate_columns, mask_box, mask_edges, read_json
+from coco_eval import (UserError, ap_table, evaluate_columns, mask_box, mask_edges, read_json,
+                       result_json, summary)
 from images import contact_sheet, draw_ground, draw_masks, draw_shape, read_image
 from check_data import as_instances, cached_arrays, file_faults, refuse, short_repr
 from data import CocoDataset, ShapesDataset
@@ -624,6 +625,21 @@ def segmentation_report(result):
         entries |= {"test_PQ_all": quality["all"], "test_PQ_th": quality["things"],
                     "test_PQ_st": quality["stuff"]}
     return stats[0], line, entries
+
+
+def mask_json(result):
+    """What --json holds of the masks."""
+    panoptic = {"panoptic": result["panoptic"]} if "panoptic" in result else {}
+    return {"segm": result_json(result["segm"]), **panoptic}
+
+
+def mask_tables(result):
+    """The numbers of the masks as lines: those of summary, AP by class, panoptic quality."""
+    text = f"masks:\n{summary(result['segm'])}\n\n{ap_table(result['segm'])}"
+    for kind, quality in result.get("panoptic", {}).items():
+        text += (f"\npanoptic quality of {kind:6}  PQ {quality['pq']:.3f}  SQ {quality['sq']:.3f}  "
+                 f"RQ {quality['rq']:.3f}  on {quality['n']} classes")
+    return text
 
 
 def draw_mask_detections(result, dataset, threshold=0.7):
