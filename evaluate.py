@@ -159,7 +159,7 @@ def coco_results(rows, dataset, masks=None):
 def load_model(path, name="", dilation=False):
     """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
     one that was never used; None for an official classifier), "category_ids", "train" (options it
-    was trained with, {} for official files).
+    was trained with, {} for official files); of a detector "things" (bool by class; None: all are).
 
     Official files do not store their configuration. A classifier's name in MODELS must be given; a
     DETR's layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
@@ -174,7 +174,7 @@ def load_model(path, name="", dilation=False):
         check_known(path, state["model_config"], kind)
         model = build_model(kind(**state["model_config"]))
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
-                "train": located_data(state)}
+                "train": located_data(state), "things": state.get("things")}
     elif name:                                                       # an official classifier
         if name not in METAFORMERS:
             raise UserError(f"--model {name} is no classifier: {', '.join(METAFORMERS)}")
@@ -182,7 +182,8 @@ def load_model(path, name="", dilation=False):
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))
         K = model.cfg.num_classes
-        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {}}
+        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {},
+                "things": [k <= 90 for k in range(K)]}
     load_weights(model, state)
     return model.to(memory_format=torch.channels_last), info
 
