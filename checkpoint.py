@@ -293,6 +293,8 @@ def load_backbone(model, weights):
 def first_weights(model, cfg, state, classes):
     """Gives the model the weights to start from: of a checkpoint's state, --frozen_weights,
     --finetune or --backbone_weights. Returns lines for the banner."""
+    if cfg.frozen_weights:
+        freeze_detector(model)
     if state:
         if state["classes"] != classes:
             raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
@@ -319,6 +321,14 @@ def first_weights(model, cfg, state, classes):
     else:
         return []
     return [first, *(f"         {line}" for line in report or ["all taken"])]
+
+
+def freeze_detector(model):
+    """Leaves the mask head alone to be trained: the rest is in eval mode, without dropout (which
+    the official code leaves on), and has no gradients."""
+    for name, module in model.named_children():
+        if f"{name}." not in MASK_PARTS:
+            module.requires_grad_(False).eval()
 
 
 def frozen_classes(cfg):

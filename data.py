@@ -195,15 +195,13 @@ class DetectionDataset(torch.utils.data.Dataset):
         return boxes.clip(0, whwh.astype(np.float32))
 
     def trained_rows(self, i):
-        """The rows (T,) of the objects of image i to train on: without crowds, without boxes that
-        have no area after clipping."""
+        """The rows (T,) of image i to train on: no crowds, no boxes without area after clipping."""
         rows = np.arange(self.offsets[i], self.offsets[i + 1])
         boxes = self.clipped(rows, i)
         return rows[~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)]
 
     def objects(self, i):
-        """Boxes (T, 4) float32 xyxy in pixels, clipped to the image, and labels (T,) of the
-        objects of image i to train on."""
+        """Clipped boxes (T, 4) float32 xyxy in pixels and labels (T,) of trained_rows."""
         rows = self.trained_rows(i)
         return self.clipped(rows, i), self.labels[rows]
 

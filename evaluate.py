@@ -112,7 +112,7 @@ def collect_rows(model, loader, device, dtype, rows_of, width):
     return rows[rows[:, 0].argsort(stable=True)]
 
 
-def evaluate(model, loader, device, dtype=torch.float32):
+def evaluate(model, loader, device, dtype=torch.float32, rows_of=detection_rows):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
@@ -121,15 +121,11 @@ def evaluate(model, loader, device, dtype=torch.float32):
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype)
-    if model.cfg.masks:
+    if model.cfg.masks and rows_of is detection_rows:
         from segmentation import evaluate_masks    # here, as that file imports this one
         return evaluate_masks(model, loader, device, dtype)
-    return evaluate_rows(collect_rows(model, loader, device, dtype, detection_rows, 7),
-                         loader.dataset)
-
-
-def evaluate_rows(rows, dataset):
-    """The COCO evaluation of detections (D, 7) of all images; see evaluate."""
+    dataset = loader.dataset
+    rows = collect_rows(model, loader, device, dtype, rows_of, 7)
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
@@ -159,7 +155,7 @@ def coco_results(rows, dataset, masks=None):
 def load_model(path, name="", dilation=False):
     """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
     one that was never used; None for an official classifier), "category_ids", "train" (options it
-    was trained with, {} for official files); of a detector "things" (bool by class; None: all are).
+    was trained with, {} for official files), "things" (bool by class, of panoptic data).
 
     Official files do not store their configuration. A classifier's name in MODELS must be given; a
     DETR's layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
@@ -182,8 +178,7 @@ def load_model(path, name="", dilation=False):
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))
         K = model.cfg.num_classes
-        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {},
-                "things": [k <= 90 for k in range(K)]}
+        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {}}
     load_weights(model, state)
     return model.to(memory_format=torch.channels_last), info
 
@@ -212,8 +207,7 @@ def evaluation_set(args, model, info):
 
     # flags over the checkpoint's options, as the options of a run that is evaluated only
     if not options:
-        detector = "detr_r50_panoptic" if getattr(model.cfg, "masks", False) else "detr_r50"
-        options = dict(model=args.model or detector, image_size=224 if classifier else 800)
+        options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
     if args.data or args.val_json:                                   # (a run names both splits)
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
                        val_json=args.val_json, val_images=args.val_images, overfit=0)
@@ -283,14 +277,13 @@ def main(argv=None):
         with open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
     numbers = accuracy_json(result) if classifier else result_json(result)
-    tables = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
+    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
     if "segm" in result:
-        from segmentation import mask_json, mask_tables
-        numbers, tables = numbers | mask_json(result), f"{tables}\n\n{mask_tables(result)}"
+        from segmentation import print_masks
+        numbers |= print_masks(result)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(numbers, file)
-    print(tables)
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")

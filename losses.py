@@ -18,8 +18,7 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-# classification, L1 distance and generalised IoU of boxes; the last two with --masks alone
-LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice"
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice"    # classes, boxes; the last two with --masks
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,8 @@ class LossConfig:
 
     def __post_init__(self):
         check_options(self)
-        if not sum(self.costs):
+        if not self.set_cost_class + self.set_cost_bbox + self.set_cost_giou:
             raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
-
-    @property
-    def costs(self):
-        return self.set_cost_class, self.set_cost_bbox, self.set_cost_giou
 
 
 def loss_normalizers(targets, num_queries):
@@ -105,7 +100,8 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, pairs=N
     objects, matched, images = normalizers.tolist()
 
     if pairs is None:
-        pairs = match(logits, boxes, targets, *cfg.costs)
+        pairs = match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox,
+                      cfg.set_cost_giou)
     index, labels, target_boxes = gather_pairs(pairs, targets, device)
 
     # classes: every query without an object should say "no object", class K.

@@ -26,8 +26,7 @@ from checkpoint import load_weights                    # part of this file's int
 
 # --backbone: the class of each, built from a ModelConfig. A backbone has `stride` (pixels of a
 # token's side) and `num_channels`; forward takes normalised images (B, 3, IH, IW) and valid
-# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None;
-# with cfg.masks then the maps of the stages before, finest first, of `map_channels` channels.
+# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None.
 BACKBONES = {name: ResNet for name in RESNETS}
 BACKBONES |= {name: MetaFormerBackbone for name, cfg in METAFORMERS.items() if cfg.takes_any_size}
 
@@ -286,8 +285,7 @@ class DETR(nn.Module):
         self.normalise = Normalise()
         if cfg.masks:
             from segmentation import MaskAttention, MaskHead        # here, as it imports this file
-            self.bbox_attention = MaskAttention(cfg)
-            self.mask_head = MaskHead(cfg, self.backbone[0].body)
+            self.bbox_attention, self.mask_head = MaskAttention(cfg), MaskHead(cfg, self.backbone)
 
     def forward(self, images, valid=None, wanted=None):
         """Predictions of every decoder layer, the last one last.
@@ -295,8 +293,8 @@ class DETR(nn.Module):
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Returns logits (L, B, Q, K+1), of which the last class is "no object", and
         boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32. With
-        cfg.masks also mask logits of the last layer, (B, Q, H4, W4) at a quarter of the images'
-        size; or (M, H4, W4) for M queries: wanted(logits, boxes) gives their (image, query).
+        cfg.masks also mask logits of the last layer (B, Q, H4, W4), a quarter of the images' size;
+        or (M, H4, W4) of those M that wanted(logits, boxes) gives: (image, query), each (M,).
         """
         # the image as a grid of tokens
         backbone, position = self.backbone
@@ -312,16 +310,14 @@ class DETR(nn.Module):
             pos = position(valid)                                                # (B, N, C)
             valid = valid.flatten(1)                                             # (B, N)
 
-        states, memory = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid,
-                                          grid)
+        states, memory = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
         with torch.autocast(images.device.type, enabled=False):     # bfloat16 boxes are 1/256 wrong
             states = states.float()                                              # (L, B, Q, C)
             logits, boxes = self.class_embed(states), self.bbox_embed(states).sigmoid()
         if not self.cfg.masks:
             return logits, boxes
         attention = self.bbox_attention(states[-1], memory, valid, grid)         # (B, Q, nh, H, W)
-        chosen = wanted(logits, boxes) if wanted else None
-        return logits, boxes, self.mask_head(x, attention, maps, chosen)
+        return logits, boxes, self.mask_head(x, attention, maps, wanted and wanted(logits, boxes))
 
 
 MODELS = {
@@ -335,12 +331,10 @@ MODELS = {
     "detr_r50_dc5": ModelConfig(dilation=True, grid_rows=84, grid_cols=84),
     "detr_r101": ModelConfig(backbone="resnet101"),
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True, grid_rows=84, grid_cols=84),
-    "detr_r50_panoptic": ModelConfig(masks=True, num_classes=250),
-    "detr_r50_dc5_panoptic": ModelConfig(masks=True, num_classes=250, dilation=True, grid_rows=84,
-                                         grid_cols=84),
-    "detr_r101_panoptic": ModelConfig(masks=True, num_classes=250, backbone="resnet101"),
     **METAFORMERS,
 }
+MODELS |= {f"{name}_panoptic": replace(MODELS[name], masks=True, num_classes=250)
+           for name in ("detr_r50", "detr_r50_dc5", "detr_r101")}
 
 
 def build_model(config, **overrides):

@@ -20,10 +20,10 @@ from coco_eval import (UserError, ap_table, evaluate_columns, mask_box, mask_edg
 from images import contact_sheet, draw_ground, draw_masks, draw_shape, read_image
 from check_data import as_instances, cached_arrays, file_faults, refuse, short_repr
 from data import CocoDataset, ShapesDataset
-from checkpoint import MASK_PARTS
+from checkpoint import freeze_detector
 from matcher import match
 from losses import loss_normalizers, set_loss
-from evaluate import collect_rows, detection_rows, evaluate_rows
+from evaluate import detection_rows, evaluate
 from report import detection_report
 
 
@@ -58,14 +58,14 @@ class MaskHead(nn.Module):
     """Convolutions from a query's attention maps to its mask, with the backbone's finer maps added
     on the way (a feature pyramid, arXiv:1612.03144). The names are the official ones.
 
-    A backbone with three maps before its last gives the official head; one with fewer leaves out
-    the finest layers.
+    With cfg.masks a backbone's forward also returns the maps of the stages before the last, finest
+    first, of `map_channels` channels. Three of them give the official head, fewer a shorter one.
     """
 
     def __init__(self, cfg, backbone):
         super().__init__()
         C, nh = cfg.hidden_dim, cfg.nheads
-        channels = getattr(backbone, "map_channels", None)
+        channels = getattr(backbone[0].body, "map_channels", None)
         if channels is None:
             raise UserError(f"--masks needs the maps of a backbone's stages, which {cfg.backbone} "
                             f"does not give: use another --backbone")
@@ -165,7 +165,8 @@ def segmentation_losses(run, images, valid, targets, normalizers, global_step):
 
     def matched(logits, boxes):
         used = slice(None) if cfg.aux_loss else slice(-1, None)
-        pairs.extend(match(logits[used], boxes[used], targets, *cfg.costs))
+        pairs.extend(match(logits[used], boxes[used], targets, cfg.set_cost_class,
+                           cfg.set_cost_bbox, cfg.set_cost_giou))
         image = [torch.full_like(query, i) for i, (query, _) in enumerate(pairs[-1])]
         return torch.cat(image), torch.cat([query for query, _ in pairs[-1]])
 
@@ -178,14 +179,6 @@ def segmentation_losses(run, images, valid, targets, normalizers, global_step):
     losses["loss"] = (losses["loss"] + cfg.mask_loss_coef * losses["loss_mask"]
                       + cfg.dice_loss_coef * losses["loss_dice"])
     return losses
-
-
-def freeze_detector(model):
-    """Trains the mask head alone: the rest is in eval mode, without dropout, and without gradients.
-    (The official code leaves its dropout on.)"""
-    for name, module in model.named_children():
-        if f"{name}." not in MASK_PARTS:
-            module.requires_grad_(False).eval()
 
 
 # -- masks as pixels and as runs -----------------------------------------------------------------
@@ -363,9 +356,9 @@ class CocoMasks(Masks):
 
 
 def read_panoptic(json_path, data, dataset):
-    """The segments of a COCO panoptic file as arrays, in the order of read_coco: "segment" (M,), ids
-    in the PNG files; "first" (N + 1,): where the segments of each image begin; "png" (N,): names of
-    the files, in a folder beside the JSON file and named like it; "stuff": names of classes.
+    """The segments of a COCO panoptic file as arrays, in the order of read_coco: "segment" (M,),
+    ids in the PNG files; "first" (N + 1,): where the segments of each image begin; "png" (N,):
+    names of the files, in a folder beside the JSON file and named like it; "stuff": class names.
 
     Raises UserError, UserFileError for missing files.
     """
@@ -479,8 +472,8 @@ def panoptic_counts(dataset, i, found, labels):
     ids, own = dataset.masks.segments(i)
     values, place = np.unique(np.append(ids.ravel(), [0, *own]), return_inverse=True)
     P, place = len(labels), place.ravel()
-    shared = np.bincount(place[:ids.size] * (P + 1) + found.ravel(), minlength=len(values) * (P + 1))
-    shared = shared.reshape(-1, P + 1)                                         # (values, P + 1)
+    pair = place[:ids.size] * (P + 1) + found.ravel()
+    shared = np.bincount(pair, minlength=len(values) * (P + 1)).reshape(-1, P + 1)
     of_found = shared[:, 1:].sum(0)                                            # (P,) pixels
     nowhere = shared[np.searchsorted(values, 0), 1:]                           # (P,)
     shared = shared[np.searchsorted(values, own), 1:]                          # (G, P)
@@ -583,14 +576,14 @@ def evaluate_masks(model, loader, device, dtype=torch.float32):
             found_of_image[i] = codes, counts
         return detection_rows(outputs, targets, dataset)
 
-    rows = collect_rows(model, loader, device, dtype, rows_and_masks, 7)
-    result = evaluate_rows(rows, dataset)
+    result = evaluate(model, loader, device, dtype, rows_and_masks)
     for theirs in gather_objects(found_of_image):
         found_of_image.update(theirs)
 
     # the detections in the order of rows: by image, then by query
     masks = [{"segmentation": {"size": dataset.sizes[i].tolist(), "counts": code}}
              for i in sorted(found_of_image) for code in found_of_image[i][0]]
+    rows = result["rows"]
     image, category = rows[:, :2].long().T.numpy()
     edges = [mask_edges(mask["segmentation"], *mask["segmentation"]["size"]) for mask in masks]
     found = {"image": image, "category": category, "score": rows[:, 2].numpy(),
@@ -627,19 +620,15 @@ def segmentation_report(result):
     return stats[0], line, entries
 
 
-def mask_json(result):
-    """What --json holds of the masks."""
-    panoptic = {"panoptic": result["panoptic"]} if "panoptic" in result else {}
-    return {"segm": result_json(result["segm"]), **panoptic}
-
-
-def mask_tables(result):
-    """The numbers of the masks as lines: those of summary, AP by class, panoptic quality."""
-    text = f"masks:\n{summary(result['segm'])}\n\n{ap_table(result['segm'])}"
-    for kind, quality in result.get("panoptic", {}).items():
-        text += (f"\npanoptic quality of {kind:6}  PQ {quality['pq']:.3f}  SQ {quality['sq']:.3f}  "
-                 f"RQ {quality['rq']:.3f}  on {quality['n']} classes")
-    return text
+def print_masks(result):
+    """Prints the numbers of the masks as those of the boxes, and the panoptic quality; returns them
+    as a dict for json.dump."""
+    segm, panoptic = result["segm"], result.get("panoptic", {})
+    print("", "masks:", summary(segm), "", ap_table(segm), sep="\n")
+    for kind, quality in panoptic.items():
+        print(f"panoptic quality of {kind:6}  PQ {quality['pq']:.3f}  SQ {quality['sq']:.3f}  "
+              f"RQ {quality['rq']:.3f}  on {quality['n']} classes")
+    return {"segm": result_json(segm), "panoptic": panoptic}
 
 
 def draw_mask_detections(result, dataset, threshold=0.7):

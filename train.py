@@ -39,8 +39,7 @@ from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, hms, ignore_signals, say)
-from segmentation import (draw_mask_detections, freeze_detector, segmentation_losses,
-                          segmentation_report)
+from segmentation import draw_mask_detections, segmentation_losses, segmentation_report
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -377,8 +376,6 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     torch.manual_seed(cfg.seed)
     raw_model = build_model(model_cfg)
     weight_lines = first_weights(raw_model, cfg, state, train_set.classes)
-    if cfg.frozen_weights:
-        freeze_detector(raw_model)
     raw_model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(raw_model, cfg)
     if state:
@@ -394,9 +391,10 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     task = CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION
     if getattr(model_cfg, "masks", False):
         task = SEGMENTATION
-    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
-              val_loader=val_loader, rank=rank, world=world, device=device,
-              dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock)
+    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model,
+              model=model, optimizer=optimizer, train_loader=train_loader, val_loader=val_loader,
+              rank=rank, world=world, device=device, dtype=choose_dtype(cfg, device),
+              interrupt=interrupt, lock=lock)
     if rank == 0:
         check_output_dir(cfg.output_dir, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
