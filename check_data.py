@@ -175,7 +175,7 @@ def as_instances(data):
     """A COCO panoptic dict, in which an annotation lists all segments of an image, as an instances
     dict; any other as it is."""
     records = data.get("annotations") if isinstance(data, dict) else None
-    if not isinstance(records, list) or not all(
+    if not isinstance(records, list) or not records or not all(
             isinstance(r, dict) and isinstance(r.get("segments_info"), list) for r in records):
         return data
     # the id of a segment is its colour, which other images have, too

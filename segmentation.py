@@ -4,6 +4,7 @@
     logits, boxes, masks = model(images, valid)            # mask logits (B, Q, IH / 4, IW / 4)
 """
 
+import json
 import math
 import os
 from contextlib import suppress
@@ -17,8 +18,10 @@ from PIL import Image
 
 from coco_eval import (UserError, ap_table, evaluate_columns, mask_box, mask_edges, read_json,
                        result_json, summary)
-from images import contact_sheet, draw_ground, draw_masks, draw_shape, read_image
-from check_data import as_instances, cached_arrays, file_faults, refuse, short_repr
+from images import (contact_sheet, draw_boxes, draw_ground, draw_masks, draw_shape,
+                    read_image)
+from check_data import (as_instances, cached_arrays, file_faults, image_faults, refuse,
+                        short_repr)
 from data import CocoDataset, ShapesDataset
 from checkpoint import freeze_detector
 from matcher import match
@@ -210,6 +213,11 @@ def compressed(edges, h, w):
     return code[place < needed].astype(np.uint8).tobytes().decode()
 
 
+def mask_code(mask):
+    """A mask's pixels, bool (h, w), as COCO's results format has them."""
+    return {"size": list(mask.shape), "counts": compressed(pixel_edges(mask), *mask.shape)}
+
+
 # -- masks of a data set -------------------------------------------------------------------------
 
 def nearest(index, size):
@@ -363,10 +371,16 @@ def read_panoptic(json_path, data, dataset):
     Raises UserError, UserFileError for missing files.
     """
     images = {id_: i for i, id_ in enumerate(dataset.image_ids.tolist())}
-    png, segments = [""] * len(images), [[]] * len(images)
+    png, segments, faults = [""] * len(images), [[]] * len(images), []
     for r in data["annotations"]:
-        i = images[r["image_id"]]
-        png[i], segments[i] = r.get("file_name"), [s["id"] for s in r["segments_info"]]
+        name, own = r.get("file_name"), [s.get("id") for s in r["segments_info"]]
+        found = image_faults({"file_name": name, "width": 1, "height": 1})
+        found += [f"segment id {short_repr(s)} is not an integer from 1 to 2**24 - 1" for s in own
+                  if type(s) is not int or not 0 < s < 2**24]
+        faults += [f"{json_path}: segments of image {r['image_id']}: {fault}" for fault in found]
+        if own:
+            png[images[r["image_id"]]], segments[images[r["image_id"]]] = name, own
+    refuse(json_path, faults)
     listed = [name for name in png if name]
     refuse(json_path, file_faults(json_path, listed, listed, png_folder(json_path)))
     stuff = [c["name"] for c in data["categories"] if not c.get("isthing", 1)]
@@ -566,8 +580,7 @@ def evaluate_masks(model, loader, device, dtype=torch.float32):
         for logits, masks, target in zip(outputs[0][-1], outputs[2], targets):
             i = target["index"]
             sizes = canvas, dataset.size_of(0, i), target["orig_size"]
-            codes = [compressed(pixel_edges(mask), *target["orig_size"])
-                     for mask in full_masks(masks, *sizes)]
+            codes = [{"segmentation": mask_code(mask)} for mask in full_masks(masks, *sizes)]
             counts = None
             if panoptic:
                 used, labels = panoptic_queries(logits)
@@ -581,8 +594,7 @@ def evaluate_masks(model, loader, device, dtype=torch.float32):
         found_of_image.update(theirs)
 
     # the detections in the order of rows: by image, then by query
-    masks = [{"segmentation": {"size": dataset.sizes[i].tolist(), "counts": code}}
-             for i in sorted(found_of_image) for code in found_of_image[i][0]]
+    masks = [code for i in sorted(found_of_image) for code in found_of_image[i][0]]
     rows = result["rows"]
     image, category = rows[:, :2].long().T.numpy()
     edges = [mask_edges(mask["segmentation"], *mask["segmentation"]["size"]) for mask in masks]
@@ -642,3 +654,96 @@ def draw_mask_detections(result, dataset, threshold=0.7):
         boxes = np.concatenate([rows[found, 3:5], rows[found, 3:5] + rows[found, 5:]], 1)
         items.append((draw_masks(dataset.read(i), masks, names), boxes, names, rows[found, 2]))
     return contact_sheet(items)
+
+
+# -- prediction: python predict.py ---------------------------------------------------------------
+
+def masks_over(model, pixels, original_size, threshold):
+    """The outputs of a model for one image: logits, boxes, and of a model with masks those of the
+    queries that score at least the threshold, {query: bool (h, w)}.
+
+    pixels uint8 (1, 3, IH, IW).
+    """
+    chosen = []
+
+    def confident(logits, boxes):
+        scores = logits[-1].softmax(-1)[..., :-1].amax(-1)                     # (1, Q)
+        chosen.extend((scores >= threshold).nonzero().T)
+        return chosen
+
+    logits, boxes, *masks = model(pixels, None, confident)
+    if not masks:
+        return logits, boxes, {}
+    size = tuple(pixels.shape[2:])
+    found = full_masks(masks[0], size, size, original_size)
+    return logits, boxes, dict(zip(chosen[1].tolist(), found))
+
+
+@torch.inference_mode()
+def predict_panoptic(model, pixels, original_size, things, threshold=0.85):
+    """merge_masks' result for one image, pixels uint8 (1, 3, IH, IW); things: bool by class."""
+    chosen = []
+
+    def confident(logits, boxes):
+        used, labels = panoptic_queries(logits[-1], threshold)
+        image, query = used.nonzero().T
+        chosen.extend((image, query, labels[image, query]))
+        return image, query
+
+    masks, size = model(pixels, None, confident)[2], tuple(pixels.shape[2:])
+    return merge_masks(masks, chosen[2].tolist(), things, size, size, original_size)
+
+
+def panoptic_record(image_id, file_name, ids, labels, info, things):
+    """An annotation in COCO's panoptic format; ids, labels: of merge_masks."""
+    segments = [{"id": k, "category_id": info["category_ids"][label], "iscrowd": 0,
+                 "isthing": int(things[label]), "area": int((ids == k).sum()),
+                 "bbox": [int(v) for v in mask_box(pixel_edges(ids == k), len(ids))]}
+                for k, label in enumerate(labels, 1)]
+    return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
+
+
+def panoptic_things(info):
+    """Which classes of load_model's info are things: of panoptic data as annotated; of the official
+    files ids up to 90; otherwise all."""
+    if info.get("things"):
+        return info["things"]
+    return [bool(info["train"]) or k <= 90 for k in range(len(info["classes"]))]
+
+
+def write_panoptic(model, info, images, out, threshold):
+    """Writes the panoptic segmentation of images to the folder `out`, in COCO's format: a PNG file
+    of segments for each, panoptic.json for all; and pictures to look at, *_panoptic.jpg.
+
+    images: yields (path, PIL image, pixels uint8 (1, 3, IH, IW)).
+    """
+    things, photos, records, used = panoptic_things(info), [], [], set()
+    for path, image, pixels in images:
+        ids, labels = predict_panoptic(model, pixels, image.size[::-1], things, threshold)
+        names = [info["classes"][label] or f"class {label}" for label in labels]
+        stem, n = f"{os.path.splitext(os.path.basename(path))[0]}_panoptic", 2
+        while stem in used:                                         # of a photo in another folder
+            stem, n = f"{stem}_{n}", n + 1
+        used.add(stem)
+
+        colors = np.stack([ids >> 8 * k & 255 for k in range(3)], 2).astype(np.uint8)
+        Image.fromarray(colors).save(os.path.join(out, f"{stem}.png"))
+        masks = [ids == k for k in range(1, len(labels) + 1)]
+        drawn = draw_boxes(draw_masks(image, masks, names), mask_boxes(masks), names)
+        drawn.save(os.path.join(out, f"{stem}.jpg"), quality=92)
+        photos.append({"id": len(photos) + 1, "file_name": path, "width": image.width,
+                       "height": image.height})
+        records.append(panoptic_record(len(photos), f"{stem}.png", ids, labels, info, things))
+        print(f"{path}: {', '.join(names) or 'nothing'}")
+
+    categories = [{"id": k, "name": name, "isthing": int(thing)} for k, name, thing in
+                  zip(info["category_ids"], info["classes"], things) if name and k is not None]
+    with open(os.path.join(out, "panoptic.json"), "w") as file:
+        json.dump({"images": photos, "annotations": records, "categories": categories}, file)
+    print(f"{len(photos)} image(s), and panoptic.json, in {out}")
+
+
+def mask_boxes(masks):
+    """The boxes around masks, bool (h, w): a list of x1, y1, x2, y2."""
+    boxes = [mask_box(pixel_edges(mask), len(mask)) for mask in masks]
+    return [(x, y, x + w, y + h) for x, y, w, h in boxes]

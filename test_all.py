@@ -4140,13 +4140,21 @@ def test_panoptic_quality_by_hand():
     assert quality["all"] == pytest.approx(dict(pq=0.2, sq=0.4, rq=0.25, n=2))
 
 
-def test_panoptic_files_are_checked_and_missing_segments_named(tmp_path):
+@pytest.mark.parametrize("change, words", [
+    (dict(file_name="../5.png"), "segments of image 65: file_name .* leads out"),
+    (dict(file_name=None), "not a string that names a file"),
+    (dict(file_name="9.png"), "9.png"),
+    (dict(segments_info=[dict(id=0, category_id=2, bbox=[1, 2, 3, 4])]), "segment id 0 is not"),
+    (dict(segments_info=[dict(id=1, category_id=3, bbox=[1, 2, 3, 4])]), "category_id 3 is not")])
+def test_faults_of_panoptic_files_are_named(tmp_path, change, words):
     path, folder, _ = write_panoptic(tmp_path)
     content = json.loads(path.read_text())
-    assert check_coco(content) == [] or check_coco(check_data.as_instances(content)) == []
-    (tmp_path / "panoptic_val2017/3.png").unlink()
-    dataset = CocoDataset(path, folder)
-    refused("3.png", segmentation.add_masks, dataset)
+    content["annotations"][-1] |= change
+    path.write_text(json.dumps(content))
+
+    def read():
+        segmentation.add_masks(CocoDataset(path, folder))
+    refused(words, read)
 
 
 # -- segmentation.py: training -------------------------------------------------------------------
@@ -4183,3 +4191,22 @@ def test_panoptic_data_train_evaluate_and_report_their_quality(tmp_path):
     assert record["test_PQ_all"]["n"] == 4 and record["test_PQ_st"]["n"] == 2
     assert checkpoint("out/ckpt.pt")["things"] == [False, False, True, True]
     assert evaluate_py("out/ckpt.pt")["panoptic"]["things"] == record["test_PQ_th"]
+
+
+def test_predict_draws_masks_and_writes_panoptic_files(tmp_path, capsys):
+    assert run(*TINY, "--masks", "--output_dir", "out") == 0
+    data.ShapesDataset("val", 1, 64).read(0).save("photo.png")
+    predict.main(["out/ckpt.pt", "photo.png", "--threshold", "0.0", "--top", "3"])
+    [photo] = json.load(open("predictions/predictions.json"))
+    for found in photo["detections"]:
+        assert mask_edges(found["segmentation"], 64, 64).size % 2 == 0
+    predict.main(["out/ckpt.pt", "photo.png", "--panoptic", "--threshold", "0.3"])
+    content = json.load(open("predictions/panoptic.json"))
+    assert [c["name"] for c in content["categories"]] == ["rectangle", "ellipse", "triangle"]
+    [record] = content["annotations"]
+    ids = np.array(Image.open(f"predictions/{record['file_name']}"), int) @ (1, 256, 65536)
+    areas = {s["id"]: s["area"] for s in record["segments_info"]}
+    assert areas and areas == {k: (ids == k).sum() for k in np.unique(ids)}
+    assert Image.open("predictions/photo_panoptic.jpg").size == (64, 64)
+    assert run(*TINY, "--epochs", 1, "--output_dir", "boxes") == 0
+    refused("needs masks", predict.main, ["boxes/ckpt.pt", "photo.png", "--panoptic"])
