@@ -335,7 +335,10 @@ def frozen_classes(cfg):
     """The classes of the detector of --frozen_weights, by its outputs; None without one."""
     if not cfg.frozen_weights:
         return None
-    state = read_checkpoint(cfg.frozen_weights)
+    try:
+        state = read_checkpoint(cfg.frozen_weights)
+    except UserFileError:                          # a run that continues does not need it
+        return None
     if "model_config" in state:
         return read_run(cfg.frozen_weights, state)["classes"]
     return official_classes(official_fields(cfg.frozen_weights, state, False)["num_classes"])

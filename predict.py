@@ -18,7 +18,7 @@ from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from data import plan_validation
 from evaluate import check_device, check_finite, load_model, postprocess
-from segmentation import mask_code, masks_over, write_panoptic
+from segmentation import PanopticWriter, mask_code, masks_over
 
 
 def find_images(paths):
@@ -89,17 +89,15 @@ def main(argv=None):
     size = (args.image_size or info["train"].get("image_size", 800),
             args.max_size or info["train"].get("max_size", 1333))
     os.makedirs(args.out, exist_ok=True)
-    if args.panoptic:
-        if not model.cfg.masks:
-            raise UserError(f"--panoptic needs masks, the model of {args.checkpoint} has none")
-        images = ((path, read_image(path)) for path in files)
-        images = ((path, image, to_pixels(model, image, *size)) for path, image in images)
-        threshold = 0.85 if args.threshold is None else args.threshold
-        return write_panoptic(model, info, images, args.out, threshold)
-    threshold = 0.7 if args.threshold is None else args.threshold
+    if args.panoptic and not model.cfg.masks:
+        raise UserError(f"--panoptic needs masks, the model of {args.checkpoint} has none")
+    threshold = args.threshold
+    if threshold is None:
+        threshold = 0.85 if args.panoptic else 0.7
     # photos in the output folder keep their names
     out = os.path.realpath(args.out)
     written = {os.path.basename(f) for f in files if os.path.dirname(os.path.realpath(f)) == out}
+    panoptic = PanopticWriter(model, info, args.out, threshold, written) if args.panoptic else None
     results, failed = [], 0
     for path in files:
         try:
@@ -108,6 +106,9 @@ def main(argv=None):
             print(f"error: {error}")
             results.append({"file": path, "error": str(error)})
             failed += 1
+            continue
+        if panoptic:
+            panoptic.add(path, image, to_pixels(model, image, *size))
             continue
         found = detect_image(model, image, path, size, threshold)
         keep = np.flatnonzero(found["scores"] >= threshold)[:args.top]
@@ -130,9 +131,12 @@ def main(argv=None):
         for detection, mask in zip(results[-1]["detections"], masks):
             detection["segmentation"] = mask_code(mask)
         print(f"{path}: {', '.join(f'{c} {s:.2f}' for c, s in zip(names, scores)) or 'nothing'}")
-    with open(os.path.join(args.out, "predictions.json"), "w") as file:
-        json.dump(results, file, indent=1)
-    print(f"{len(files) - failed} image(s) drawn, and predictions.json, in {args.out}")
+    if panoptic:
+        panoptic.close()
+    else:
+        with open(os.path.join(args.out, "predictions.json"), "w") as file:
+            json.dump(results, file, indent=1)
+        print(f"{len(files) - failed} image(s) drawn, and predictions.json, in {args.out}")
     if failed:
         sys.exit(1)
 

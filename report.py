@@ -119,7 +119,7 @@ def describe_model(run):
     norm = f", {c.backbone_norm} norm" if c.backbone in RESNETS else ""
     return [f"model    {name}, encoder {c.encoder_mixer or c.mixer}, decoder "
             f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
-            f"         {c.backbone}{norm}"]
+            f"         {c.backbone}{norm}{', masks' if c.masks else ''}"]
 
 
 def advice(run, steps, most):

@@ -694,15 +694,6 @@ def predict_panoptic(model, pixels, original_size, things, threshold=0.85):
     return merge_masks(masks, chosen[2].tolist(), things, size, size, original_size)
 
 
-def panoptic_record(image_id, file_name, ids, labels, info, things):
-    """An annotation in COCO's panoptic format; ids, labels: of merge_masks."""
-    segments = [{"id": k, "category_id": info["category_ids"][label], "iscrowd": 0,
-                 "isthing": int(things[label]), "area": int((ids == k).sum()),
-                 "bbox": [int(v) for v in mask_box(pixel_edges(ids == k), len(ids))]}
-                for k, label in enumerate(labels, 1)]
-    return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
-
-
 def panoptic_things(info):
     """Which classes of load_model's info are things: of panoptic data as annotated; of the official
     files ids up to 90; otherwise all."""
@@ -711,39 +702,52 @@ def panoptic_things(info):
     return [bool(info["train"]) or k <= 90 for k in range(len(info["classes"]))]
 
 
-def write_panoptic(model, info, images, out, threshold):
-    """Writes the panoptic segmentation of images to the folder `out`, in COCO's format: a PNG file
-    of segments for each, panoptic.json for all; and pictures to look at, *_panoptic.jpg.
+class PanopticWriter:
+    """Writes panoptic segmentations to the folder `out`, in COCO's format: a PNG file of segments
+    for each image, panoptic.json for all; and pictures to look at, *_panoptic.jpg.
 
-    images: yields (path, PIL image, pixels uint8 (1, 3, IH, IW)).
+    model, info: of load_model; written: names in `out` that are not to be written over.
     """
-    things, photos, records, used = panoptic_things(info), [], [], set()
-    for path, image, pixels in images:
-        ids, labels = predict_panoptic(model, pixels, image.size[::-1], things, threshold)
-        names = [info["classes"][label] or f"class {label}" for label in labels]
-        stem, n = f"{os.path.splitext(os.path.basename(path))[0]}_panoptic", 2
-        while stem in used:                                         # of a photo in another folder
-            stem, n = f"{stem}_{n}", n + 1
-        used.add(stem)
+
+    def __init__(self, model, info, out, threshold, written):
+        self.model, self.info, self.things = model, info, panoptic_things(info)
+        self.out, self.threshold, self.written = out, threshold, written
+        self.images, self.annotations = [], []
+
+    def add(self, path, image, pixels):
+        """An image: the path of its file, PIL, and as the network's input uint8 (1, 3, IH, IW)."""
+        ids, labels = predict_panoptic(self.model, pixels, image.size[::-1], self.things,
+                                       self.threshold)
+        names = [self.info["classes"][k] or f"class {k}" for k in labels]
+        first = f"{os.path.splitext(os.path.basename(path))[0]}_panoptic"
+        stem, n = first, 2
+        while {f"{stem}.png", f"{stem}.jpg"} & self.written:
+            stem, n = f"{first}_{n}", n + 1
+        self.written |= {f"{stem}.png", f"{stem}.jpg"}
 
         colors = np.stack([ids >> 8 * k & 255 for k in range(3)], 2).astype(np.uint8)
-        Image.fromarray(colors).save(os.path.join(out, f"{stem}.png"))
+        Image.fromarray(colors).save(os.path.join(self.out, f"{stem}.png"))
         masks = [ids == k for k in range(1, len(labels) + 1)]
-        drawn = draw_boxes(draw_masks(image, masks, names), mask_boxes(masks), names)
-        drawn.save(os.path.join(out, f"{stem}.jpg"), quality=92)
-        photos.append({"id": len(photos) + 1, "file_name": path, "width": image.width,
-                       "height": image.height})
-        records.append(panoptic_record(len(photos), f"{stem}.png", ids, labels, info, things))
+        boxes = [mask_box(pixel_edges(mask), len(mask)) for mask in masks]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
+        drawn = draw_boxes(draw_masks(image, masks, names), corners, names)
+        drawn.save(os.path.join(self.out, f"{stem}.jpg"), quality=92)
+
+        self.images.append({"id": len(self.images) + 1, "file_name": path, "width": image.width,
+                            "height": image.height})
+        segments = [{"id": n, "category_id": self.info["category_ids"][k], "iscrowd": 0,
+                     "isthing": int(self.things[k]), "area": int(mask.sum()),
+                     "bbox": [int(v) for v in box]}
+                    for n, (k, mask, box) in enumerate(zip(labels, masks, boxes), 1)]
+        self.annotations.append({"image_id": len(self.images), "file_name": f"{stem}.png",
+                                 "segments_info": segments})
         print(f"{path}: {', '.join(names) or 'nothing'}")
 
-    categories = [{"id": k, "name": name, "isthing": int(thing)} for k, name, thing in
-                  zip(info["category_ids"], info["classes"], things) if name and k is not None]
-    with open(os.path.join(out, "panoptic.json"), "w") as file:
-        json.dump({"images": photos, "annotations": records, "categories": categories}, file)
-    print(f"{len(photos)} image(s), and panoptic.json, in {out}")
-
-
-def mask_boxes(masks):
-    """The boxes around masks, bool (h, w): a list of x1, y1, x2, y2."""
-    boxes = [mask_box(pixel_edges(mask), len(mask)) for mask in masks]
-    return [(x, y, x + w, y + h) for x, y, w, h in boxes]
+    def close(self):
+        """Writes panoptic.json."""
+        categories = [{"id": id_, "name": name, "isthing": int(thing)} for id_, name, thing in
+                      zip(self.info["category_ids"], self.info["classes"], self.things) if name]
+        with open(os.path.join(self.out, "panoptic.json"), "w") as file:
+            json.dump({"images": self.images, "annotations": self.annotations,
+                       "categories": categories}, file)
+        print(f"{len(self.images)} image(s) drawn, and panoptic.json, in {self.out}")
