@@ -3674,7 +3674,7 @@ def bench_line(capsys, monkeypatch, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode, levers", [("forward", 2), ("step", 5), ("loss", 2)])
+@pytest.mark.parametrize("mode, levers", [("forward", 2), ("step", 5), ("loss", 2), ("masks", 0)])
 def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, mode, levers):
     r = bench_line(capsys, monkeypatch, mode, "--each", "--model", "detr_tiny", "--height", 64,
                    "--width", 64, "--repeats", 1, "--device", "cpu")
