@@ -173,8 +173,9 @@ def peak_memory(build, device):
     return round(peak_mb(device) - before, 1)
 
 
-def in_child(part, folder="-"):
-    """What this command prints for one part, in a process of its own, as memory is per process.
+def in_child(part, folder="-", command=()):
+    """What this command, or another one of this file, prints for one part, in a process of its own,
+    as memory is per process.
 
     Tensors (not evaluators) get pages of their own: with glibc's moving threshold the same run
     takes 50 % more at times, because freed memory lies in pieces.
@@ -182,8 +183,9 @@ def in_child(part, folder="-"):
     environment = dict(os.environ)
     if folder == "-":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    out = subprocess.run([sys.executable, *sys.argv, "--child", part, folder], env=environment,
-                         stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, *(command or sys.argv), "--child", part, folder]
+    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True,
+                         check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -340,7 +342,7 @@ def step_run(args, model, network, batch):
     run = SimpleNamespace(                                  # the fields of a Run that a step reads
         cfg=cfg, loss_cfg=losses.LossConfig(), task=train.DETECTION, model=network, world=1,
         optimizer=train.build_optimizer(model, cfg), device=args.device,
-        dtype=getattr(torch, args.dtype))
+        dtype=getattr(torch, args.dtype), class_weights=None)
     return lambda: train.train_step(run, [batch], normalizers, 0)
 
 

@@ -1,6 +1,7 @@
 """Checks of data sets: the faults of COCO files, and the command that lists them with a summary.
 
-    python check_data.py DIR [--images]                    # DIR as for train.py --data
+    python check_data.py DIR [--images] [--draw 16]        # DIR as for train.py --data
+    python check_data.py DIR --to coco.json                # writes it as COCO, see formats.py
     python check_data.py JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]
     faults = check_coco("instances.json", image_dir)       # a list of sentences
 
@@ -163,8 +164,11 @@ def coco_faults(data, path, image_dir):
 
 
 def read_instances(path):
-    """The dict of a COCO instances file without the masks, most of its text: dropping them while
-    it is parsed halves the memory that is needed."""
+    """The dict of a COCO instances file, or of the Labels of another format, without the masks,
+    most of its text: dropping them while it is parsed halves the memory that is needed."""
+    if hasattr(path, "read"):                      # Labels
+        return path.read()
+
     def drop_mask(record):
         record.pop("segmentation", None)
         return record
@@ -261,19 +265,23 @@ def save_arrays(path, arrays):
             os.remove(f"{path}.tmp")
 
 
-def cached_arrays(path, read, what="boxes"):
+def cached_arrays(path, read, stamp="", what="boxes"):
     """The dict of arrays that read() gives for an annotation file; large files are read only once.
-    what: of the file's contents, of which each has a cache of its own.
+    stamp: what changes with the contents, where path is the name of something else; what: of the
+    contents, of which each has a cache of its own.
 
     One process reads, and writes the arrays to a cache, while the others on the machine wait; they
     and all later runs map the cache, until the file changes. The cache is metaformer_detr_<user id>
     in the folder for temporary files (TMPDIR) and can be deleted at any time. Where it cannot be
     used, each process reads. COCO's training annotations take 15 s and 1.3 GB to read, 1 s to map.
     """
-    if fcntl is None or not os.path.isfile(path) or os.path.getsize(path) < CACHED_FROM:
+    large = os.path.isfile(path) and os.path.getsize(path) >= CACHED_FROM
+    if fcntl is None or not (large or stamp):
         return read()
-    stat = os.stat(path)
-    key = f"{CACHE_FORMAT} {what} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    if not stamp:
+        stat = os.stat(path)
+        stamp = f"{stat.st_size} {stat.st_mtime_ns}"
+    key = f"{CACHE_FORMAT} {what} {os.path.realpath(path)} {stamp}"
     name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
     try:
         folder = os.path.join(tempfile.gettempdir(), f"metaformer_detr_{os.getuid()}")
@@ -299,12 +307,15 @@ def cached_arrays(path, read, what="boxes"):
 
 def find_splits(paths):
     """{split: function that builds its data set} of the paths on the command line."""
-    from config import TrainConfig                 # here, as both files import this one
+    import formats                                 # here, as these files import this one
+    from config import TrainConfig
     from data import build_dataset
     if len(paths) == 1:
-        root = paths[0]
-        folders = not os.path.isdir(f"{root}/annotations") and os.path.isdir(f"{root}/train")
-        cfg = TrainConfig(data=root, model="poolformer_s12" if folders else "detr_r50")
+        found = formats.find_splits(paths[0])
+        folders = not found and os.path.isdir(f"{paths[0]}/train")
+        cfg = TrainConfig(data=paths[0], model="poolformer_s12" if folders else "detr_r50")
+        if len(found) == 1:
+            return {split: partial(build_dataset, cfg, split) for split in found}
     else:
         train_json, train_images, val_json, val_images = (paths * 2)[:4]
         cfg = TrainConfig(train_json=train_json, train_images=train_images, val_json=val_json,
@@ -402,13 +413,19 @@ def compare_splits(train, val):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        usage="python check_data.py DIR | JSON IMAGES [VAL_JSON VAL_IMAGES] [--images]",
+        usage="python check_data.py DIR | JSON IMAGES [VAL_JSON VAL_IMAGES] [--images] "
+              "[--to FILE] [--draw N]",
         description="Check a data set: a summary, then all its faults; exit code 1 if it has any.")
-    parser.add_argument("paths", nargs="+", help="DIR laid out like COCO, or with class folders; "
-                        "or annotation file and image folder, of one split or of two")
+    parser.add_argument("paths", nargs="+", help="DIR in COCO, Roboflow's COCO, YOLO or VOC "
+                        "format, or with class folders; or annotation file and image folder, of "
+                        "one split or of two")
     parser.add_argument("--images", action="store_true", help="open and decode every image, too")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(),
                         help="processes that open the images")
+    parser.add_argument("--to", default="", metavar="FILE",
+                        help="write a sound data set as COCO, the split in the name: FILE_train")
+    parser.add_argument("--draw", type=int, default=0, metavar="N",
+                        help="draw N images of each split with their boxes: boxes_train.jpg")
     args = parser.parse_args(argv)
     if len(args.paths) not in (1, 2, 4):
         parser.error(f"{len(args.paths)} paths: give one, two or four of them")
@@ -424,7 +441,8 @@ def main(argv=None):
             faults += found
             continue
         datasets[split] = dataset
-        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}", flush=True)
+        kind = f" ({dataset.format_name})" if hasattr(dataset, "format_name") else ""
+        print(f"{split:8s} {getattr(dataset, 'source', '') or dataset.folder}{kind}", flush=True)
         sizes = getattr(dataset, "sizes", ())                        # as annotated
         if args.images:
             sizes, found = open_images(dataset, args.num_workers)
@@ -441,6 +459,9 @@ def main(argv=None):
             print(note)
     faults = list(dict.fromkeys(faults))           # a wrong DIR is one fault of both splits
     print(f"{len(faults)} fault(s):" if faults else "no faults", *faults, sep="\n")
+    if args.draw or args.to:
+        import formats
+        formats.write_and_draw(args.paths, datasets, args.to if not faults else "", args.draw)
     sys.exit(1 if faults else 0)
 
 

@@ -9,6 +9,7 @@ predict and continue.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ try:
 except ImportError:                                                  # Windows has none
     fcntl = None
 
-from coco_eval import UserError, UserFileError
+from coco_eval import UserError, UserFileError, check_output, writing
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 
@@ -101,10 +102,11 @@ def official_fields(path, state, dilation):
     DC5 from the file's name or `dilation`."""
     weights = state.get("model", state) if isinstance(state, dict) else {}
     weights = {k.removeprefix("detr."): v for k, v in weights.items()}
-    if not {"class_embed.bias", "query_embed.weight"} <= set(weights):
+    dims = {"class_embed.bias": 1, "query_embed.weight": 2,
+            "transformer.decoder.layers.0.linear1.weight": 2}
+    if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
-                        f"released DETR file (evaluate.py also takes a classifier's, with --model "
-                        f"NAME)")
+                        f"released DETR file, or a classifier's with --model NAME")
 
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
@@ -172,7 +174,7 @@ def check_same_blocks(name, config, cfg, strict):
         mixers = ",".join(mixer for *_, mixer in c.stages)
         return {**shown, "mixers": mixers, "pool_size": c.pool_size} if strict else shown
 
-    theirs, ours = hidden_options(MetaFormerConfig(**config)), hidden_options(cfg)
+    theirs, ours = hidden_options(config_of(name, config, MetaFormerConfig)), hidden_options(cfg)
     differ = [f"{f} {theirs[f]} in the file, {ours[f]} in the model"
               for f in ours if theirs[f] != ours[f]]
     if differ:
@@ -194,7 +196,8 @@ def load_weights(model, source, strict=True):
     file = read_checkpoint(source) if from_file else source
     state = file.get("model", file) if isinstance(file, dict) else file
     if not isinstance(state, dict) or not state or not all(
-            isinstance(v, torch.Tensor) for v in state.values()):
+            isinstance(k, str) and getattr(v, "layout", None) == torch.strided
+            for k, v in state.items()):
         raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
 
     # which part of the model the file is for, and in which names
@@ -225,7 +228,8 @@ def load_weights(model, source, strict=True):
             by_design = False
         by_design |= key.endswith("num_batches_tracked")
         may_differ = not strict and (key.startswith(("class_embed.", "head.", *MASK_PARTS))
-                                     or ".self_attn." in key or ".token_mixer." in key)
+                                     or ".self_attn." in key or ".token_mixer." in key
+                                     or key.endswith(".mixer_scale"))
         (report if by_design or may_differ else faults).append(line)
     if faults:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
@@ -290,69 +294,19 @@ def load_backbone(model, weights):
     return load_weights(model, state)
 
 
-def first_weights(model, cfg, state, classes):
-    """Gives the model the weights to start from: of a checkpoint's state, --frozen_weights,
-    --finetune or --backbone_weights. Returns lines for the banner."""
-    if cfg.frozen_weights:
-        freeze_detector(model)
-    if state:
-        if state["classes"] != classes:
-            raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
-                            f"the data {classes[:20]}; --finetune starts with another head")
-        load_weights(model, state)
-        return []
-    if cfg.frozen_weights:
-        report = load_weights(model, cfg.frozen_weights, strict=False)
-        differ = [line for line in report if not line.startswith(MASK_PARTS)]
-        if differ:
-            raise UserError(f"--frozen_weights {cfg.frozen_weights} is of another detector than "
-                            f"this run's:\n" + "\n".join(differ[:20]))
-        first = f"weights  {cfg.frozen_weights}, frozen but for the mask head"
-    elif cfg.finetune:
-        source = read_checkpoint(cfg.finetune)
-        if isinstance(source, dict) and source.get("classes", classes) != classes:
-            source["model"] = {k: v for k, v in source["model"].items()
-                               if "class_embed" not in k and not k.startswith("head.")}
-        report = load_weights(model, source, strict=False)
-        first = f"weights  {cfg.finetune}"
-    elif cfg.backbone_weights != "none":
-        report = load_backbone(model, cfg.backbone_weights)
-        first = f"weights  of the backbone: {cfg.backbone_weights}"
-    else:
-        return []
-    return [first, *(f"         {line}" for line in report or ["all taken"])]
-
-
-def freeze_detector(model):
-    """Leaves the mask head alone to be trained: the rest is in eval mode, without dropout (which
-    the official code leaves on), and has no gradients."""
-    for name, module in model.named_children():
-        if f"{name}." not in MASK_PARTS:
-            module.requires_grad_(False).eval()
-
-
-def frozen_classes(cfg):
-    """The classes of the detector of --frozen_weights, by its outputs; None without one."""
-    if not cfg.frozen_weights:
-        return None
-    try:
-        state = read_checkpoint(cfg.frozen_weights)
-    except UserFileError:                          # a run that continues does not need it
-        return None
-    if "model_config" in state:
-        return read_run(cfg.frozen_weights, state)["classes"]
-    return official_classes(official_fields(cfg.frozen_weights, state, False)["num_classes"])
-
-
 def load_optimizer(optimizer, state):
     """The state of a checkpoint's optimizer, with the rates and the weight decay given now."""
     now = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except ValueError:
+        sound = all(p.shape == optimizer.state[p][name].shape for group in optimizer.param_groups
+                    for p in group["params"] for name in ("exp_avg", "exp_avg_sq"))
+    except Exception:                              # torch raises anything for a damaged one
+        sound = False
+    if not sound:
         raise UserError("--resume: the optimizer's state is of other trained tensors; "
-                        "--lr_backbone cannot change between 0 and more, --finetune starts "
-                        "anew") from None
+                        "--freeze, and --lr_backbone between 0 and more, cannot change, --finetune "
+                        "starts anew")
     for group, options in zip(optimizer.param_groups, now):
         group.update(options)
 
@@ -375,33 +329,38 @@ def lock_output_dir(out):
     path = os.path.join(out, "lock.txt")
     try:
         os.makedirs(out, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
-                            f"another") from None
-    try:
+        file = open(path, "a+", errors="replace")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by workers
-    except OSError:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         raise UserFileError(f"another run writes to {out} ({file.read().strip()}): give another "
                             f"--output_dir, or end that one") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
+                                f"another") from None
+        print(f"note     {out} is on a file system without locks: a second run there would not be "
+              f"noticed")
     return file
 
 
-def check_output_dir(out, model):
-    """Raises UserFileError before training if the folder cannot hold the files of a run."""
+def check_output_dir(cfg, model):
+    """Raises UserError before training if the folder cannot hold the files of a run."""
+    out = cfg.output_dir
     try:
-        os.makedirs(out, exist_ok=True)
         probe = os.path.join(out, "ckpt.pt.tmp")
         with open(probe, "wb"):
             os.remove(probe)
     except OSError as error:
         raise UserFileError(f"--output_dir {out} cannot be written ({error}): give "
                             f"another") from None
+    names = "ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"
+    for name in names:
+        check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
     ours = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]
@@ -477,8 +436,19 @@ def read_run(path, state=None):
     state = upgraded(state)
     wanted = dict(format=int, model_config=dict, loss_config=dict, train_config=dict, classes=list,
                   epoch=int, step=int, sums=dict, best_score=(int, float), model=dict,
-                  optimizer=dict)
+                  optimizer=dict, paths=dict)
+    state.setdefault("paths", {})                                   # format 1 has none
     wrong = [name for name, type_ in wanted.items() if not isinstance(state.get(name), type_)]
+    if not wrong:
+        classes = state["classes"]
+        ids = state["category_ids"] = state.get("category_ids") or list(range(len(classes)))
+        sound = dict(
+            epoch=state["epoch"] >= 0, step=state["step"] >= 0,
+            classes=len(classes) == state["model_config"].get("num_classes")
+            and all(isinstance(name, str) for name in classes),
+            category_ids=isinstance(ids, list) and len(ids) == len(classes),
+            sums=all(isinstance(value, (int, float)) for value in state["sums"].values()))
+        wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong or state["format"] > 2:
         raise UserError(f"{path} is a checkpoint of another version: format "
                         f"{state.get('format')!r} (1 and 2 are known)"
@@ -486,19 +456,23 @@ def read_run(path, state=None):
     return state
 
 
-def check_known(path, config, kind):
-    """Raises UserError if the config of a checkpoint, a dict, has options that its class `kind`
-    does not know: what they change would be lost."""
-    unknown = sorted(map(str, set(config) - {f.name for f in fields(kind)}))
+def config_of(path, options, kind):
+    """The config, of class `kind`, of a checkpoint's dict of options. Raises UserError for values
+    that it refuses and for options that it does not know: what they change would be lost."""
+    unknown = sorted(map(str, set(options) - {f.name for f in fields(kind)}))
     if unknown:
         raise UserError(f"{path} has options that this code does not know: {', '.join(unknown)}; "
                         f"use the version that wrote it")
+    try:
+        return kind(**options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def located_data(state):
     """The options a checkpoint was trained with; relative paths that are not there from here are
     replaced by the absolute ones of the training."""
-    options, absolute = dict(state["train_config"]), state.get("paths", {})
+    options, absolute = dict(state["train_config"]), state["paths"]
     for name in DATA_PATHS:
         if options.get(name) and not os.path.exists(options[name]):
             options[name] = absolute.get(name, options[name])
@@ -543,11 +517,11 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
     now = config_dicts(model_cfg, loss_cfg, cfg)
     for name, kind in zip(CONFIGS, (model_cfg, loss_cfg, cfg)):
-        check_known(path if own else cfg.resume, state[name], kind)
+        config_of(path if own else cfg.resume, state[name], type(kind))
     changed = {k: f"--{k} {state[name][k]!r} -> {v!r}" for name in CONFIGS
                for k, v in now[name].items()
                if k not in MAY_CHANGE_ON_RESUME and state[name].get(k, v) != v
-               and state.get("paths", {}).get(k) != os.path.abspath(str(v))}
+               and state["paths"].get(k) != os.path.abspath(str(v))}
     if changed and own and os.path.realpath(path) != asked:
         raise UserError(f"{path} was trained with other options ({', '.join(changed.values())}): "
                         f"give another --output_dir for a new run, or --resume {path} to continue "
@@ -560,13 +534,13 @@ def find_resume(cfg, model_cfg, loss_cfg):
 
 def truncate_logs(out, epoch, step, resumed):
     """Drops from the logs the records of steps that will be done again, and a line that was cut
-    off. What else is lost that way, another run's log or no log at all, is kept in NAME.bak."""
+    off. What else is lost that way, another run's log or no log at all, is added to NAME.bak."""
     paths = [os.path.join(out, name) for name in ("log.txt", "steps.txt")]
     # a run killed before its first checkpoint leaves a steps.txt but no log.txt
-    another_run = not resumed and os.path.exists(paths[0])
+    another_run = not resumed and os.path.exists(paths[0]) and os.path.getsize(paths[0]) > 0
     for path in filter(os.path.exists, paths):
         kept, foreign = [], another_run
-        with open(path, errors="replace") as file:
+        with writing(path), open(path, errors="surrogateescape") as file:
             lines = file.readlines()
         for line in lines:
             try:
@@ -575,8 +549,10 @@ def truncate_logs(out, epoch, step, resumed):
                     kept.append(line)
             except (ValueError, TypeError, KeyError, AttributeError):
                 foreign |= line.endswith("\n")                       # not one that was cut off
-        if foreign:
-            shutil.copyfile(path, path + ".bak")
-        with open(path + ".tmp", "w") as file:
-            file.writelines([] if another_run else kept)
-        os.replace(path + ".tmp", path)
+        with writing(path):
+            if foreign:
+                with open(path + ".bak", "a", errors="surrogateescape") as file:
+                    file.writelines(lines)
+            with open(path + ".tmp", "w") as file:
+                file.writelines([] if another_run else kept)
+            os.replace(path + ".tmp", path)

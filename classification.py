@@ -353,19 +353,22 @@ class ClassLossConfig:
             raise UserError(f"--smoothing {self.smoothing} must be below 1")
 
 
-def classification_loss(logits, targets, smoothing=0.0, normalizers=None):
+def classification_loss(logits, targets, smoothing=0.0, normalizers=None, class_weights=None):
     """The cross-entropy of a batch: a dict of 0-dim tensors, "loss" and "class_error" in percent.
 
     logits (B, K); targets (B,) int64 labels, or float (B, K) shares of the classes as
     mixup_or_cutmix gives them, whose largest is the label. smoothing: the share of each target that
     is spread evenly over all K classes (arXiv:1512.00567, Sec. 7). normalizers: loss_normalizers of
-    the whole step per process, None: of this batch. Computed in float32.
+    the whole step per process, None: of this batch. class_weights (K,): 1 on average over the
+    images; None: 1 each. Computed in float32.
     """
     images = len(logits) if normalizers is None else normalizers[2].item()
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+    weight = None if class_weights is None else class_weights.to(logits.device)
+    loss = F.cross_entropy(logits.float(), targets, weight, reduction="sum",
+                           label_smoothing=smoothing)
     labels = targets if targets.dim() == 1 else targets.argmax(1)
-    wrong = (logits.argmax(1) != labels).float()
-    return {"loss": loss / images, "class_error": 100 * wrong.mean()}
+    wrong = (logits.argmax(1) != labels).sum()
+    return {"loss": loss / images, "class_error": 100 * wrong / images}
 
 
 def classification_losses(run, images, valid, targets, normalizers, global_step):
@@ -375,7 +378,7 @@ def classification_losses(run, images, valid, targets, normalizers, global_step)
     images, shares = mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng,
                                      run.loss_cfg.mixup, run.loss_cfg.cutmix)
     return classification_loss(run.model(images, valid), shares, run.loss_cfg.smoothing,
-                               normalizers)
+                               normalizers, run.class_weights)
 
 
 # -- accuracy ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python coco_eval.py --gt instances.json --dt detections.json
     python coco_eval.py --gt instances.json --dt detections.json --iou_type segm --json out.json
+    python coco_eval.py --gt instances.json --dt detections.json --errors confusion.png
 
 In Python, coco_eval takes COCO's formats, as files or as dicts and lists; evaluate_columns takes
 columns, which a training loop has at hand. Columns are a dict of arrays, one row per object:
@@ -14,7 +15,8 @@ columns, which a training loop has at hand. Columns are a dict of arrays, one ro
     both          optional: "mask", an object array of mask_edges. Masks are then compared in place
                   of the boxes, which must enclose them
 
-The evaluation stands first, up to ap_table; masks and the reading of COCO files follow it.
+The evaluation stands first, up to ap_table; masks and the reading of COCO files follow it. For
+--errors, diagnose.py and pillow must be there, too.
 Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 
@@ -24,6 +26,7 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -53,6 +56,16 @@ def run_command(main):
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         os._exit(141)                       # 128 + SIGPIPE
+
+
+@contextmanager
+def writing(path):
+    """Turns an OSError of writing a file into a UserFileError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserFileError(f"{path} cannot be written ({error}): make room, or give another "
+                            f"place") from None
 
 
 # -- average precision ---------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     Returns a dict: "precision" and "scores" (T, R, K, A, M), "recall" (T, K, A, M), for IoU
     thresholds, recall thresholds, classes, areas and max_dets, the best detections per image and
     class, -1 without ground truth; "num_gt" (K, A), ground truth that is not ignored; "stats"
-    (12,), see summary_rows; and the arguments from iou_thrs on.
+    (12,), see summary_rows; "columns", gt and dt; and the arguments from iou_thrs on.
 
     Example, at IoU 0.5: two boxes A and B; detections by score overlap A by 0.8, A by 0.6, B by
     0.7. The first takes A, the second comes too late, the third takes B. Precision 1, 1/2, 2/3
@@ -242,7 +255,8 @@ def evaluate_columns(gt, dt, num_classes, iou_thrs=IOU_THRS, rec_thrs=REC_THRS, 
     result = dict(iou_thrs=np.asarray(iou_thrs, np.float64), max_dets=sorted(map(int, max_dets)),
                   rec_thrs=np.asarray(rec_thrs, np.float64), area_ranges=area_ranges, strict=strict,
                   precision=np.full((T, R, K, A, M), -1.0), recall=np.full((T, K, A, M), -1.0),
-                  scores=np.full((T, R, K, A, M), -1.0), num_gt=np.zeros((K, A), np.int64))
+                  scores=np.full((T, R, K, A, M), -1.0), num_gt=np.zeros((K, A), np.int64),
+                  columns=(gt, dt))
     gt = {"never_found": np.zeros(len(gt["image"]), bool), **gt}
     dt = {"area": dt["box"][:, 2] * dt["box"][:, 3], **dt}
 
@@ -854,10 +868,22 @@ def check_output(flag, path, *inputs):
     """Raises UserError, before the work, if a file to write has no folder or is one of inputs."""
     if not path:
         return
-    if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-        raise UserError(f"{flag} {path} should be a file in a folder that is there")
+    folder = os.path.dirname(path) or "."
+    place = path if os.path.exists(path) else folder
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {path} should be a file that can be written, in a folder that is "
+                        f"there")
     if os.path.realpath(path) in [os.path.realpath(name) for name in inputs if name]:
-        raise UserError(f"{flag} {path} would be written over what is read")
+        raise UserError(f"{flag} {path} would be written over a file that this command reads or "
+                        f"writes: give another name")
+
+
+def add_error_flags(parser):
+    """The flags for what diagnose.py tells of detections."""
+    parser.add_argument("--errors", default="", metavar="PNG",
+                        help="tell where it errs, and draw the confusion matrix there")
+    parser.add_argument("--threshold", type=float, default=0.5,
+                        help="least score of the detections that --errors counts")
 
 
 def main(argv=None):
@@ -872,13 +898,27 @@ def main(argv=None):
     parser.add_argument("--strict", action="store_true",
                         help="pycocotools' answer also where it is odd, see coco_eval")
     parser.add_argument("--json", default="", help="write all numbers and curves there")
+    add_error_flags(parser)
     args = parser.parse_args(argv)
-    check_output("--json", args.json, args.gt, args.dt)
+    for flag, path in (("--json", args.json), ("--errors", args.errors)):
+        check_output(flag, path, args.gt, args.dt)
+    if args.errors and args.strict:
+        raise UserError("--errors judges as without --strict: leave out one of the two")
+    if args.errors:
+        try:
+            import diagnose                 # the rest needs numpy alone
+        except ImportError as error:
+            raise UserError(f"--errors needs diagnose.py beside coco_eval.py, and pillow: "
+                            f"{error}") from None
+
     result = coco_eval(args.gt, args.dt, args.iou_type, max_dets=args.max_dets, strict=args.strict)
+    more, texts = {}, []
+    if args.errors:
+        more, texts = diagnose.probe(result, args.errors, args.threshold)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result_json(result), file)
-    print(summary(result), ap_table(result), sep="\n\n")
+        with writing(args.json), open(args.json, "w") as file:
+            json.dump({**result_json(result), **more}, file)
+    print(summary(result), ap_table(result), *texts, sep="\n\n")
     if args.json:
         print(f"numbers and curves: {args.json}")
 

@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
 import torch
@@ -11,10 +12,13 @@ import torch.distributed as dist
 from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
+from scenes import SCENES
+from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
-from checkpoint import read_run
-from model import BACKBONES, MODELS, ModelConfig
+from checkpoint import config_of, read_run
+from model import BACKBONES, MODELS, ModelConfig, build_model
+from finetune import check_freeze
 from losses import LossConfig
 
 
@@ -23,13 +27,15 @@ class TrainConfig:
     """What is trained on, and how. The defaults are the official DETR's; PRESETS change them."""
     model: Annotated[str, "the network, whose parts the options below can change", MODELS] = (
         "detr_r50")
-    data: Annotated[str, "COCO: annotations/, train2017/, val2017/; classifiers: train/, val/"] = ""
+    data: Annotated[str, "folder in COCO, YOLO or VOC format; classifiers: train/, val/"] = ""
     train_json: Annotated[str, "training annotations, a COCO instances file with any ids"] = ""
     train_images: Annotated[str, "folder of the training images"] = ""
     val_json: Annotated[str, "validation annotations"] = ""
     val_images: Annotated[str, "folder of the validation images"] = ""
+    val_split: Annotated[float, "of a data set with one split, the share to validate on", 0] = 0.0
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
+    scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py", SCENES] = "plain"
     overfit: Annotated[int, "train and evaluate on the first N images: try this first", 0] = 0
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
@@ -43,15 +49,18 @@ class TrainConfig:
     lr_backbone: Annotated[float, "learning rate of the backbone; 0 freezes it", 0] = 1e-5
     weight_decay: Annotated[float, "of AdamW", 0] = 1e-4
     clip_max_norm: Annotated[float, "largest norm of the gradient; 0: no clipping", 0] = 0.1
-    schedule: Annotated[str, "a tenth every lr_drop epochs, or a cosine to min_lr",
-                        ("step", "cosine")] = "step"
+    schedule: Annotated[str, "a tenth every lr_drop epochs, a cosine to min_lr, or constant, then "
+                             "linear to 0", ("step", "cosine", "trapezoid")] = "step"
     min_lr: Annotated[float, "where the cosine schedule takes --lr", 0] = 0.0
+    decay_share: Annotated[float, "trapezoid: share of the run in which the rate falls", 0] = 0.3
     lr_drop: Annotated[int, "epochs between the drops of the step schedule", 1] = 200
     warmup_steps: Annotated[int, "steps of linear warm-up", 0] = 0
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
-    finetune: Annotated[str, "start from this model's weights; another class head is allowed"] = ""
+    finetune: Annotated[str, "start from the weights of this checkpoint, as far as they fit"] = ""
     frozen_weights: Annotated[str, "trains the mask head alone on this model's detector"] = ""
+    freeze: Annotated[str, "parts to keep as they are: backbone,encoder,decoder,heads"] = ""
+    class_weights: Annotated[str, "of the loss: balanced, or a JSON file {class: weight}"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
     output_dir: Annotated[str, "folder of checkpoints, logs and pictures"] = "out"
     save_minutes: Annotated[float, "minutes between checkpoints; 0: after epochs only", 0] = 10.0
@@ -68,16 +77,26 @@ class TrainConfig:
     def __post_init__(self):
         check_options(self)
         paths = self.train_json, self.train_images, self.val_json, self.val_images
-        if any(paths) and not all(paths) or self.data and any(paths):
+        divided = self.val_split and all(paths[:2]) and not any(paths[2:])
+        if any(paths) and not (all(paths) or divided) or self.data and any(paths):
             raise UserError("give --data DIR alone, or all four of --train_json, --train_images, "
-                            "--val_json and --val_images")
-        if self.max_size > 20_000:
-            raise UserError(f"--max_size {self.max_size} is more than 20,000 pixels: no memory "
-                            f"holds the maps of such images")
-        if self.frozen_weights and self.finetune:
-            raise UserError("--frozen_weights and --finetune both say what to start from, give one")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed} must be below 2**63")
+                            "--val_json and --val_images, or the first two and --val_split")
+        if self.val_split > 1:
+            raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
+        check_freeze(self)
+        if self.frozen_weights and (self.finetune or self.freeze):
+            raise UserError("--frozen_weights says what to start from and what stays frozen: give "
+                            "it without --finetune and --freeze")
+        most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise UserError(f"--{name} {getattr(self, name)} is more than {limit:,}, which no "
+                                f"machine holds")
+        if not 0 < self.decay_share <= 1:
+            raise UserError(f"--decay_share {self.decay_share} must be over 0 and at most 1")
+        if self.image_size < 5 and self.kind in ("shapes", "shape_classes"):
+            raise UserError(f"--image_size {self.image_size} is too small for shapes, give 5 or "
+                            f"more")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -101,8 +120,8 @@ def kind_of_data(model, files):
 PRESETS = {
     "coco": {},
     "shapes": dict(
-        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=10, batch_size=16,
-        lr=5e-4, lr_backbone=1e-3, schedule="cosine", warmup_steps=200, clip_max_norm=1.0,
+        model="detr_tiny", image_size=64, max_size=64, augment=False, epochs=12, batch_size=16,
+        lr=5e-4, lr_backbone=1e-3, schedule="trapezoid", warmup_steps=200, clip_max_norm=1.0,
         backbone_weights="none", eval_batch_size=64),
     "image_folder": dict(                                # PoolFormer's recipe for ImageNet
         image_size=224, epochs=300, batch_size=1024, weight_decay=0.05, clip_max_norm=0.0,
@@ -116,16 +135,29 @@ PRESETS = {
                     smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
 }
 # options of TrainConfig that mean nothing to a classifier
-DETECTOR_ONLY_OPTIONS = {"max_size", "group_by_shape", "lr_backbone", "backbone_weights",
-                         "frozen_weights"}
+DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
+                         "backbone_weights", "frozen_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
+
+
+# the groups of --help_all, by their first option; under "" what --help shows
+HELP_GROUPS = {
+    "": """model data train_json train_images val_json val_images val_split overfit image_size
+        epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
+        resume output_dir num_workers device mixer backbone num_queries""".split(),
+    "model": "network and data", "epochs": "optimizer and schedule",
+    "backbone_weights": "weights to start from", "output_dir": "the run",
+    "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
+    "family": "classifiers (with --model poolformer_s12, say)",
+    "smoothing": "targets of classifiers"}
 
 
 def parse_options(argv, description):
     """The parser, and the flags that were given as a dict."""
     # the data set says how many classes; only a detector takes stages out of a classifier
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
-    return read_options(argv, description, configs, PRESETS, hidden=("num_classes", "out_stages"))
+    return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
+                        hidden=("num_classes", "out_stages"))
 
 
 def make_configs(given):
@@ -155,6 +187,7 @@ def make_configs(given):
     model_cfg = replace(model_cfg, **pick(model_type))
     loss_cfg = loss_type(**pick(loss_type))
     check_effects(given, model_cfg, loss_cfg, cfg)
+    check_size(model_cfg)
     if not classifier:
         check_grid(model_cfg, cfg)
     return model_cfg, loss_cfg, cfg
@@ -167,6 +200,7 @@ def with_resumed(given):
     if given.get("finetune"):
         raise UserError("--finetune starts a run, --resume continues one: give one of them")
     state = read_run(given["resume"])
+    config_of(given["resume"], state["train_config"], TrainConfig)
     return {**state["model_config"], **state["loss_config"], **state["train_config"],
             "output_dir": os.path.dirname(given["resume"]) or ".", "finetune": "", **given}
 
@@ -174,6 +208,8 @@ def with_resumed(given):
 def with_presets(given, kind):
     """The options given, over the presets of the kind of data and of --overfit."""
     options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
+    if kind == "shapes" and options.get("scenes", "plain") != "plain":
+        options["image_size"] = given.get("image_size", 96)          # sees less of them at a time
     if kind != "coco":                                               # the images are square
         options["max_size"] = given.get("max_size", options["image_size"])
     if given.get("warmup_epochs") and not given.get("warmup_steps"):
@@ -198,11 +234,21 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     if wrong:
         raise UserError(f"{', '.join(wrong)}: no option of {cfg.model}, a {remedy}")
     built_in = cfg.kind in ("shapes", "shape_classes")
-    needs = {"lr_drop": ("--schedule step", cfg.schedule == "step"),
-             "min_lr": ("--schedule cosine", cfg.schedule == "cosine"),
+    resnet = not classifier and model_cfg.backbone in RESNETS
+    needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
+             "val_split": ("--data or --train_json", cfg.kind == "coco"),
+             "lr_drop": ("--schedule step", cfg.schedule == "step"),
+             "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
+             "min_lr": ("--schedule cosine and a larger --lr",
+                        cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),
+             "backbone_norm": ("a ResNet as --backbone", resnet),
+             "backbone_stage": ("a MetaFormer as --backbone", not resnet),
+             "backbone_weights": ("no --finetune and no --frozen_weights", not (
+                 cfg.finetune or cfg.frozen_weights) or cfg.backbone_weights == "none"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),
+             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes"),
              **{name: ("--masks", getattr(model_cfg, "masks", False))
                 for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()
@@ -223,6 +269,29 @@ def check_ranks_agree(options):
                   if name not in ("num_workers", "device") and theirs.get(name) != value]
         if differ:
             raise UserError(f"the processes were not started alike: {'; '.join(differ)}"[:2000])
+
+
+def check_size(model_cfg):
+    """Raises UserError for a model that no memory would hold, before any is taken for it."""
+    options = asdict(model_cfg)
+    sizes = {f"--{name} {value}": value for name, value in options.items() if type(value) is int}
+    if isinstance(model_cfg, MetaFormerConfig):
+        sizes[f"--depths {model_cfg.depths}"] = layers = sum(d for d, *_ in model_cfg.stages)
+        sizes[f"--widths {model_cfg.widths}"] = max(width for _, width, _ in model_cfg.stages)
+    else:
+        layers = model_cfg.enc_layers + model_cfg.dec_layers
+    if max(sizes.values()) <= 4096 and layers <= 100:
+        return                                     # the count below takes seconds to import
+
+    parameters = math.inf
+    if layers <= 1000:
+        # meta tensors have a shape alone, though one too large for an int64 raises RuntimeError
+        with suppress(RuntimeError), torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(model_cfg).parameters())
+    if parameters > 1e9:
+        largest = sorted(sizes, key=sizes.get)[:-3:-1]
+        raise UserError(f"a model of {layers} layers and {parameters:.3g} parameters, at most 1000 "
+                        f"and 1e9 can be built: give less of {' or '.join(largest)}")
 
 
 def check_grid(model_cfg, cfg):

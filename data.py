@@ -5,7 +5,7 @@
     image, target = dataset[0]                                         # uint8 (3, H, W), dict
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 8), collate_fn=collate)
 
-    python data.py DIR [--images]                          # check a data set: see check_data.py
+    python data.py DIR [--images] [--to coco.json] [--draw 16]     # check, convert, draw a data set
 
 Targets are dicts: "labels" (T,) int64 contiguous class indices, "boxes" (T, 4) float32 cxcywh in
 [0, 1] of the unpadded image, "index" (position in the data set), "orig_size" (height, width).
@@ -20,10 +20,12 @@ import numpy as np
 from PIL import Image
 import torch
 
-from images import draw_ground, draw_shape, ground_colors, read_image, resized
-from coco_eval import UserError, UserFileError
+from images import draw_ground, draw_shape, read_image, resized
+from scenes import SCENES
+from coco_eval import UserError
 from check_data import (cached_arrays, check_coco, coco_faults, describe_boxes, file_faults,
                         read_instances, refuse)
+from formats import data_paths
 from classification import ImageFolder, ShapesClassification
 
 
@@ -252,9 +254,10 @@ class DetectionDataset(torch.utils.data.Dataset):
 # something, cached_arrays keeps the arrays of a large file on disk, describe_boxes counts
 
 def read_coco(json_path, image_dir):
-    """The arrays of DetectionDataset by name, from a COCO instances file; instead of classes and
-    labels, category_names (K,), and categories (M,), which are indices into it. Images and
-    categories by ascending id. Raises UserError that lists all faults of file and folder."""
+    """The arrays of DetectionDataset by name, from a COCO instances file or the Labels of another
+    format; instead of classes and labels, category_names (K,), and categories (M,), which are
+    indices into it. Images and categories by ascending id. Raises UserError that lists all faults
+    of file and folder."""
     data = read_instances(json_path)
     refuse(json_path, coco_faults(data, json_path, image_dir))
     images = sorted(data["images"], key=lambda r: r["id"])
@@ -287,7 +290,7 @@ def read_coco(json_path, image_dir):
 
 
 class CocoDataset(DetectionDataset):
-    """A COCO instances file and its image folder.
+    """A COCO instances file, or the Labels of another format (formats.py), and its image folder.
 
     classes: names in the order wanted for the labels, those of the training set or of a checkpoint;
     None: the file's own, by ascending category id. Raises UserFileError for a missing file or
@@ -297,10 +300,11 @@ class CocoDataset(DetectionDataset):
     def __init__(self, json_path, image_dir, image_size=800, max_size=1333, augment=False, seed=42,
                  classes=None):
         super().__init__(image_size, max_size, augment, seed)
-        self.source, self.image_dir = str(json_path), str(image_dir)
+        self.json_path, self.source, self.image_dir = json_path, str(json_path), str(image_dir)
+        self.format_name = getattr(json_path, "format_name", "COCO")
 
         # a large file is read once, then mapped from a cache; the images are looked for each time
-        arrays = cached_arrays(json_path, lambda: read_coco(json_path, image_dir))
+        arrays = cached_arrays(self.source, lambda: read_coco(json_path, image_dir))
         for name in ("image_ids", "files", "sizes", "offsets", "boxes", "area", "crowd"):
             setattr(self, name, arrays[name])
         names = [os.fsdecode(name) for name in self.files.tolist()]
@@ -317,27 +321,28 @@ class CocoDataset(DetectionDataset):
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         label_of_category = np.array([self.classes.index(name) for name in ids])
         self.labels = label_of_category[arrays["categories"]]
-        self.notes = describe_boxes(self)
+        self.notes = [*describe_boxes(self), *getattr(json_path, "notes", [])]
 
 
 class ShapesDataset(DetectionDataset):
     """Generated images of rectangles, ellipses and triangles: nothing to download.
 
     split: "train" or "val", which differ in every image; n: how many images; side: of the square
-    images, in pixels. One to four objects of 1/5 to 3/5 of the side, in any colour that differs
-    from the ground, partly over one another, on plain, shaded, striped or noisy ground. Image i is
-    a pure function of (split, i, side), drawn each time it is read.
+    images, in pixels; scenes: what lies where, "plain" or another of scenes.py. The ground is
+    plain, shaded, striped or noisy. Image i is a pure function of (split, i, side, scenes), drawn
+    each time it is read.
     """
 
-    def __init__(self, split="train", n=8000, side=64, augment=False, seed=42):
+    def __init__(self, split="train", n=8000, side=64, augment=False, seed=42, scenes="plain"):
         super().__init__(side, None, augment, seed)
         self.split, self.side = split, side
-        self.classes, self.category_ids = ["rectangle", "ellipse", "triangle"], [1, 2, 3]
+        names, self.make_scene = SCENES[scenes]
+        self.classes, self.category_ids = list(names), list(range(1, len(names) + 1))
         self.image_ids, self.files = np.arange(1, n + 1), np.arange(n)
         self.sizes = np.full((n, 2), side)
 
-        # the objects of all images in a row: (label, xywh, colour)
-        scenes = [self._scene(i)[1] for i in range(n)]
+        # the objects of all images in a row: (label, xywh, what is drawn)
+        scenes = [self._scene(i)[2] for i in range(n)]
         objects = [o for scene in scenes for o in scene]
         self.offsets = np.cumsum([0] + [len(s) for s in scenes])
         self.boxes = np.array([o[1] for o in objects], np.float64)
@@ -346,37 +351,17 @@ class ShapesDataset(DetectionDataset):
         self.crowd = np.zeros(len(objects), bool)
 
     def _scene(self, i):
-        """Random state, objects (label, xywh, colour) back to front, and the two ground colours."""
-        rng, side = random.Random(f"shapes {self.split} {i} {self.side}"), self.side
-        ground, objects = ground_colors(rng), []
-        for _ in range(rng.randint(1, 4)):
-            # a colour unlike both of the ground
-            color = ground[0]
-            while min(sum(abs(a - b) for a, b in zip(color, g)) for g in ground) < 150:
-                color = tuple(rng.randrange(256) for _ in range(3))
-
-            # a place where it covers little of the others; after 20 tries it is left out
-            for _ in range(20):
-                w, h = (round(rng.uniform(side / 5, side * 3 / 5)) for _ in range(2))
-                x, y = rng.randint(0, side - w), rng.randint(0, side - h)
-                if all(self._covered((x, y, w, h), o[1]) < 0.3 for o in objects):
-                    objects.append((rng.randrange(3), (x, y, w, h), color))
-                    break
-        return rng, objects, ground
-
-    @staticmethod
-    def _covered(a, b):
-        """Share of the smaller of two xywh boxes that lies in the other."""
-        w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-        h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-        return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+        """Random state, the two ground colours, and the objects back to front."""
+        rng = random.Random(f"shapes {self.split} {i} {self.side}")
+        return rng, *self.make_scene(rng, self.side)
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        rng, objects, ground = self._scene(self.files[i])            # not i: see keep_only
+        rng, ground, objects = self._scene(self.files[i])            # not i: see keep_only
         image = draw_ground(rng, ground, self.side)
-        for label, box, color in objects:
-            draw_shape(image, rng, label, box, fill=color)
+        for _, _, parts in objects:
+            for shape, box, color in parts:
+                draw_shape(image, rng, shape, box, fill=color)
         return image
 
 
@@ -530,21 +515,6 @@ class EvalSampler(list):
 
 # -- which data set ------------------------------------------------------------------------------
 
-def data_paths(cfg, split):
-    """Annotation file and image folder that the options name for the split, "train" or "val"."""
-    kind = "panoptic" if cfg.model.endswith("_panoptic") else "instances"
-    if not cfg.data:
-        return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
-    if not os.path.isdir(os.path.join(cfg.data, "annotations")):
-        raise UserFileError(
-            f"--data {cfg.data} should hold annotations/instances_train2017.json and "
-            f"instances_val2017.json, train2017/ and val2017/; another layout takes --train_json, "
-            f"--train_images, --val_json and --val_images; class folders take a classifier, as "
-            f"--model poolformer_s12; without --data, the built-in shapes are used")
-    return (os.path.join(cfg.data, f"annotations/{kind}_{split}2017.json"),
-            os.path.join(cfg.data, f"{split}2017"))
-
-
 def build_dataset(cfg, split, classes=None, crop_fraction=0.9, masks=False):
     """The data set of a run's options: the one place that decides which it is.
 
@@ -562,9 +532,10 @@ def build_dataset(cfg, split, classes=None, crop_fraction=0.9, masks=False):
         dataset = ImageFolder(cfg.data, source, cfg.image_size, crop_fraction, augment, cfg.seed,
                               classes)
     else:
-        built_in = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
         n = cfg.train_shapes if source == "train" else cfg.val_shapes
-        dataset = built_in(source, n, cfg.image_size, augment, cfg.seed)
+        options = source, n, cfg.image_size, augment, cfg.seed
+        dataset = (ShapesDataset(*options, cfg.scenes) if cfg.kind == "shapes" else
+                   ShapesClassification(*options))
     if masks:
         from segmentation import add_masks         # here, as that file imports this one
         add_masks(dataset)

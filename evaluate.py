@@ -5,6 +5,7 @@
     python evaluate.py out/ckpt.pt --val_json a.json --val_images DIR --save_json detections.json
     python evaluate.py poolformer_s12.pth.tar --model poolformer_s12 --data imagenet
     python evaluate.py --gt instances.json --dt detections.json     # anybody's detections, no model
+    python evaluate.py out/ckpt.pt --layers --errors confusion.png --queries queries.png
 
 How average precision is computed is told in coco_eval.py, up to its line "masks".
 Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
@@ -12,7 +13,10 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
 
 import argparse
 import json
+import math
 import sys
+import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -20,15 +24,18 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
+import diagnose
 from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
-                       run_command, summary)
+                       run_command, summary, writing)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (check_known, check_located, load_weights, located_data, official_classes,
+from checkpoint import (check_located, config_of, load_weights, located_data, official_classes,
                         official_fields, read_checkpoint, read_run)
+from options import nearest
+from formats import evaluated_share
 from model import ModelConfig, build_model
-from config import TrainConfig, check_grid
+from config import TrainConfig, check_grid, check_size
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -69,6 +76,12 @@ def detection_rows(outputs, targets, dataset):
     return torch.cat(rows)
 
 
+def layer_rows(outputs, targets, dataset):
+    """detection_rows after every decoder layer, the first layer first."""
+    return torch.cat([detection_rows([x[None] for x in layer], targets, dataset)
+                      for layer in zip(*outputs[:2])])
+
+
 # -- evaluation on one process or many -----------------------------------------------------------
 
 def autocast(device, dtype):
@@ -83,61 +96,79 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_rows(rows):
-    """The rows (n, ...) of all processes, on each; as n differs, all are padded to the largest."""
+def gather(mine):
+    """The objects of all processes, a list by rank, on each process."""
     if not dist.is_initialized():
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = rows.new_zeros(max(map(int, counts)), rows.shape[1])
-    padded[:len(rows)] = rows
-    parts = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def with_progress(loader):
+    """The batches of a loader. After 20, 40, 80, ... seconds rank 0 prints on stderr how many."""
+    begin, due = time.time(), 20
+    for k, batch in enumerate(loader, 1):
+        passed = time.time() - begin
+        if passed > due and not (dist.is_initialized() and dist.get_rank()):
+            left = passed / k * (len(loader) - k)
+            print(f"evaluation: batch {k} of {len(loader)}, {left:.0f} s left", file=sys.stderr)
+            due *= 2
+        yield batch
 
 
 @torch.inference_mode()
-def collect_rows(model, loader, device, dtype, rows_of, width):
-    """Rows (n, width) float64 for all images of the data set, ordered by image, on each process.
+def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
+    """Rows float64 (n, ...) for all images of the data set, ordered by image, and losses added up
+    over all batches, numbers by name; the same on each process.
 
-    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column.
+    rows_of(outputs, targets, dataset): those of a batch, the image's index in the first column;
+    losses_of(outputs, targets): its share in the losses, 0-dim tensors by name; None: no losses.
     """
     model.eval()
-    rows = [torch.zeros(0, width, dtype=torch.float64)]             # a process may have no batch
-    for images, valid, targets in loader:
+    rows, losses = [], []
+    for images, valid, targets in with_progress(loader):
         with autocast(device, dtype):
             outputs = model(*to_device(images, valid, device))
         rows.append(rows_of(outputs, targets, loader.dataset))
-    rows = gather_rows(torch.cat(rows))
-    return rows[rows[:, 0].argsort(stable=True)]
+        shares = losses_of(outputs, targets) if losses_of else {}
+        losses.append({name: value.item() for name, value in shares.items()})
+
+    # those of all processes, of which the last ones may have no batch
+    everyone = gather((rows, losses))
+    rows = torch.cat(sum([theirs for theirs, _ in everyone], []))
+    losses = sum([theirs for _, theirs in everyone], [])
+    total = {name: math.fsum(shares[name] for shares in losses) for name in losses[0]}
+    return rows[rows[:, 0].argsort(stable=True)], total
 
 
-def evaluate(model, loader, device, dtype=torch.float32, rows_of=detection_rows):
+def evaluate(model, loader, device, dtype=torch.float32, losses_of=None, rows_of=detection_rows):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. Returns evaluate_columns' dict, and in it "rows", the detections
-    (D, 7) of detection_rows, "classes" and "category_ids". For a classifier: evaluate_classifier.
+    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns evaluate_columns'
+    dict, and in it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and
+    "category_ids". For a classifier: evaluate_classifier; with masks also what evaluate_masks adds.
     """
     if isinstance(model, MetaFormer):
-        return evaluate_classifier(model, loader, device, dtype)
+        return evaluate_classifier(model, loader, device, dtype, losses_of)
     if model.cfg.masks and rows_of is detection_rows:
         from segmentation import evaluate_masks    # here, as that file imports this one
-        return evaluate_masks(model, loader, device, dtype)
+        return evaluate_masks(model, loader, device, dtype, losses_of)
     dataset = loader.dataset
-    rows = collect_rows(model, loader, device, dtype, rows_of, 7)
+    rows, losses = collect_rows(model, loader, device, dtype, rows_of, losses_of)
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
     result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
-    return {**result, "rows": rows, "classes": dataset.classes,
+    return {**result, "rows": rows, "losses": losses, "classes": dataset.classes,
             "category_ids": dataset.category_ids}
 
 
-def evaluate_classifier(model, loader, device, dtype=torch.float32):
-    """class_accuracy's dict of a classifier; arguments as in evaluate."""
-    rows = collect_rows(model, loader, device, dtype, class_rows, 5)
-    return class_accuracy(rows, loader.dataset)
+def evaluate_classifier(model, loader, device, dtype=torch.float32, losses_of=None):
+    """class_accuracy's dict of a classifier, with "losses"; arguments as in evaluate."""
+    rows, losses = collect_rows(model, loader, device, dtype, class_rows, losses_of)
+    return {**class_accuracy(rows, loader.dataset), "losses": losses}
 
 
 def coco_results(rows, dataset, masks=None):
@@ -167,13 +198,16 @@ def load_model(path, name="", dilation=False):
             raise UserError(f"--model {name} is for official files, {path} says what it holds")
         state = read_run(path, state)
         kind = MetaFormerConfig if "depths" in state["model_config"] else ModelConfig
-        check_known(path, state["model_config"], kind)
-        model = build_model(kind(**state["model_config"]))
+        model_cfg = config_of(path, state["model_config"], kind)
+        state["train_config"] = asdict(config_of(path, state["train_config"], TrainConfig))
+        check_size(model_cfg)
+        model = build_model(model_cfg)
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
                 "train": located_data(state), "things": state.get("things")}
     elif name:                                                       # an official classifier
         if name not in METAFORMERS:
-            raise UserError(f"--model {name} is no classifier: {', '.join(METAFORMERS)}")
+            raise UserError(f"--model {name} is no classifier such as poolformer_s12; "
+                            f"{nearest(name, METAFORMERS)}")
         model, info = build_model(name), {"classes": None, "train": {}}
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))
@@ -210,7 +244,8 @@ def evaluation_set(args, model, info):
         options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
     if args.data or args.val_json:                                   # (a run names both splits)
         options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
-                       val_json=args.val_json, val_images=args.val_images, overfit=0)
+                       val_json=args.val_json, val_images=args.val_images, overfit=0,
+                       val_split=evaluated_share(args.data, info["train"]))
     else:
         check_located(options, args.checkpoint)
     options["image_size"] = args.image_size or options["image_size"]
@@ -233,7 +268,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("--data", default="",
-                        help="COCO: annotations/, val2017/; classifiers: val/<class>/*.jpg")
+                        help="folder in COCO, YOLO or VOC format; classifiers: val/<class>/*.jpg")
     parser.add_argument("--model", default="", help="of an official classifier's file: its name")
     parser.add_argument("--val_json", default="", help="COCO instances file of any layout")
     parser.add_argument("--val_images", default="", help="its image folder")
@@ -248,6 +283,7 @@ def parse_args(argv):
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    diagnose.add_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -258,11 +294,13 @@ def main(argv=None):
     args = parse_args(argv)
     model, info = load_model(args.checkpoint, args.model, args.dilation)
     classifier = isinstance(model, MetaFormer)
-    if classifier and args.save_json:
-        raise UserError("--save_json is for detections, the checkpoint holds a classifier")
+    if classifier and (args.save_json or args.errors or args.layers or args.queries):
+        raise UserError("--save_json, --errors, --layers and --queries are not for classifiers")
     dataset = evaluation_set(args, model, info)
-    for flag, path in (("--json", args.json), ("--save_json", args.save_json)):
-        check_output(flag, path, args.checkpoint, getattr(dataset, "source", ""))
+    inputs = [args.checkpoint, getattr(dataset, "source", "")]
+    for flag in ("save_json", "errors", "queries", "json"):
+        check_output(f"--{flag}", vars(args)[flag], *inputs)
+        inputs.append(vars(args)[flag])
     c = model.cfg
     what = f"classifier, mixers {c.mixers}" if classifier else (
         f"{c.backbone}, encoder {c.encoder_mixer or c.mixer}, decoder {c.decoder_mixer or c.mixer}")
@@ -272,18 +310,26 @@ def main(argv=None):
 
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
-    result = evaluate(model.to(check_device(args.device)), loader, args.device)
+    model, layers = model.to(check_device(args.device)), []
+    try:
+        if args.layers:                              # of all layers in one pass, masks in another
+            rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
+            layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
+        result = layers[-1] if layers and not c.masks else evaluate(model, loader, args.device)
+    except UserError as error:
+        raise type(error)(f"{args.checkpoint}: {error}") from None
+    more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
-        with open(args.save_json, "w") as file:
+        with writing(args.save_json), open(args.save_json, "w") as file:
             json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
-    numbers = accuracy_json(result) if classifier else result_json(result)
-    print(accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}")
+    table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
+    print(table, *text, sep="\n\n")
     if "segm" in result:
         from segmentation import print_masks
-        numbers |= print_masks(result)
+        more |= print_masks(result)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(numbers, file)
+        with writing(args.json), open(args.json, "w") as file:
+            json.dump(accuracy_json(result) if classifier else result_json(result) | more, file)
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")

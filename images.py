@@ -80,24 +80,40 @@ def resized(h, w, size, max_size=None):
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
 
-def draw_boxes(image, boxes_xyxy, names, scores=None):
-    """A copy of the PIL image with boxes in pixels, class names and, where given, scores."""
+def draw_label(draw, place, text, color, size):
+    """Writes `text` above `place` (x, y) on `color`, moved and made smaller to be whole inside the
+    image; size: of the letters in pixels."""
+    last_x, last_y = draw.im.size[0] - 1, draw.im.size[1] - 1
+    size *= min(1, last_x / ImageFont.load_default(size).getlength(text))
+    font = ImageFont.load_default(max(1, size))
+    left, top, right, bottom = draw.textbbox(place, text, font=font, anchor="lb")
+    dx = max(0, min(left, last_x - (right - left))) - left
+    dy = max(0, min(top, last_y - (bottom - top))) - top
+    draw.rectangle([left + dx, top + dy, right + dx, bottom + dy], color)
+    draw.text((place[0] + dx, place[1] + dy), text, "white", font=font, anchor="lb")
+
+
+def draw_boxes(image, boxes_xyxy, names, scores=None, colors=None):
+    """A copy of the PIL image with boxes in pixels, class names and, where given, scores.
+
+    colors: of the boxes; None: one for each class. A box with the name "" has no label and is thin,
+    white on black, whatever its colour.
+    """
     image = image.copy()
     draw, side = ImageDraw.Draw(image), min(image.size)
-    line, font = max(1, round(side / 200)), ImageFont.load_default(max(10, round(side / 28)))
+    line, letters = max(1, round(side / 200)), max(10, round(side / 28))
     order = range(len(names)) if scores is None else np.argsort(np.asarray(scores))  # best on top
     for i in order:
         x1, y1, x2, y2 = [float(v) for v in boxes_xyxy[i]]
-        color = class_color(names[i])
-        draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
-
-        # the label above the box, moved by (dx, dy) into the image
+        x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)
+        if not names[i]:
+            draw.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], outline="black")
+            draw.rectangle([x1, y1, x2, y2], outline="white")
+            continue
+        color = class_color(names[i]) if colors is None else colors[i]
+        draw.rectangle([x1, y1, x2, y2], outline=color, width=line)
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
-        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font, anchor="lb")
-        dx = max(0, min(left, image.width - right + left)) - left
-        dy = max(0, -top)
-        draw.rectangle([left + dx, top + dy, right + dx, bottom + dy], color)
-        draw.text((x1 + dx, y1 + dy), text, "white", font=font, anchor="lb")
+        draw_label(draw, (x1, y1), text, color, letters)
     return image
 
 
@@ -121,14 +137,16 @@ def draw_masks(image, masks, names):
 
 def contact_sheet(items, columns=4, side=320):
     """The first 16 of `items`, tuples of draw_boxes' arguments, on one PIL image, `columns` in a
-    row, each scaled to fit side x side pixels before its boxes are drawn."""
+    row, each scaled to fit side x side pixels before its boxes are drawn. Labels may lie beside a
+    narrow image."""
     items = items[:16]
     rows = math.ceil(len(items) / columns)
     sheet = Image.new("RGB", (min(columns, len(items)) * side, rows * side), "white")
-    for k, (image, boxes, *names_and_scores) in enumerate(items):
+    for k, (image, boxes, *options) in enumerate(items):
         scale = (side - 4) / max(image.size)                         # 2 pixels free on each side
-        image = image.resize([max(1, round(v * scale)) for v in image.size])
-        tile = draw_boxes(image, np.asarray(boxes) * scale, *names_and_scores)
+        tile = Image.new("RGB", (side - 4, side - 4), "white")
+        tile.paste(image.resize([max(1, round(v * scale)) for v in image.size]))
+        tile = draw_boxes(tile, np.asarray(boxes) * scale, *options)
         row, column = divmod(k, columns)
         sheet.paste(tile, (column * side + 2, row * side + 2))
     return sheet

@@ -75,13 +75,15 @@ def by_layer(name, values):
     return {name: values[-1], **named}
 
 
-def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, pairs=None):
+def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_weights=None,
+             pairs=None):
     """The losses of a batch, each a 0-dim tensor, by the official names.
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
     of B dicts with "labels" (T,) int64 and "boxes" (T, 4). normalizers: loss_normalizers of the
     whole step, divided by the number of processes, because DDP averages their gradients; None: of
-    these targets. pairs: of match, if it is done already.
+    these targets. class_weights (K,): of the classes in loss_ce, 1 on average; None: 1 each.
+    pairs: of match, if it is done already.
 
     Returns "loss", the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer,
     "class_error" (percent of the matched queries with a wrong class; 100 if no query is matched)
@@ -99,9 +101,8 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, pairs=N
         normalizers = loss_normalizers(targets, Q)
     objects, matched, images = normalizers.tolist()
 
-    if pairs is None:
-        pairs = match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox,
-                      cfg.set_cost_giou)
+    pairs = pairs or match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox,
+                           cfg.set_cost_giou)
     index, labels, target_boxes = gather_pairs(pairs, targets, device)
 
     # classes: every query without an object should say "no object", class K.
@@ -110,6 +111,8 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, pairs=N
     wanted[index] = labels
     weight = torch.ones(K + 1, device=device)
     weight[K] = cfg.eos_coef
+    if class_weights is not None:
+        weight[:K] = class_weights
     ce = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
     # the mean, as F.cross_entropy's, divides by the sum of the weights of the wanted classes
     weight_sum = matched + cfg.eos_coef * (images * Q - matched)
@@ -125,16 +128,18 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, pairs=N
              + cfg.giou_loss_coef * loss_giou).sum()
     return {"loss": total, **by_layer("loss_ce", loss_ce), **by_layer("loss_bbox", loss_bbox),
             **by_layer("loss_giou", loss_giou),
-            **log_metrics(logits.detach(), index, labels, targets)}
+            **log_metrics(logits.detach(), index, labels, targets, normalizers)}
 
 
 @torch.no_grad()
-def log_metrics(logits, index, labels, targets):
+def log_metrics(logits, index, labels, targets, normalizers):
     """class_error of the last layer and cardinality_error of all, for the log alone."""
+    _, matched, images = normalizers.tolist()
     guess = logits.argmax(-1)                                                           # (L, B, Q)
-    wrong = (guess[index][-1] != labels[-1]).float()
-    class_error = 100 * wrong.mean() if len(wrong) else logits.new_tensor(100.0)
+    wrong = (guess[index][-1] != labels[-1]).sum()
+    # without any object, 100 % of the images stand for the share of wrong queries
+    share = wrong / matched if matched else logits.new_tensor(len(targets) / images)
     found = (guess != logits.shape[-1] - 1).sum(-1).float()                             # (L, B)
     objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-    return {"class_error": class_error,
-            **by_layer("cardinality_error", (found - objects).abs().mean(1))}
+    return {"class_error": 100 * share,
+            **by_layer("cardinality_error", (found - objects).abs().sum(1) / images)}

@@ -119,7 +119,7 @@ class MetaFormerConfig:
         if not set(mixers) <= set(MIXERS):
             raise UserError(f"--mixers {self.mixers} is unknown, use: {', '.join(MIXERS)}")
         if (len(depths), len(widths)) != (n, n) or len(mixers) not in (1, n) or not all(
-                x.isdecimal() for x in depths + widths):
+                x.isdecimal() and len(x) < 10 for x in depths + widths):
             raise UserError(f"--depths {self.depths}, --widths {self.widths} and --mixers "
                             f"{self.mixers} must be of {n} stage(s), separated by commas")
         for depth, width, mixer in self.stages:

@@ -30,7 +30,7 @@ class MixerConfig:
     dropout: float = 0.0                           # attention: dropout of the weights
     qkv_bias: bool = True                          # attention: biases of query, key and value
     out_bias: bool = True                          # attention: bias of the output
-    pool_size: int = 3                             # pool: side of the window in tokens, odd
+    pool_size: int = 3                             # pool, avgpool: side of the window, odd
     tokens_mlp_dim: int = 128                      # mlp: hidden units over the tokens
     max_grid: tuple = (42, 42)                     # mlp, fc, random: the largest (H, W) they take
 
@@ -82,11 +82,8 @@ def to_grid(x, valid, grid):
     return x * v, v
 
 
-class PoolMixer(nn.Module):
-    """Mean of the valid tokens in a k x k window, minus the token (arXiv:2111.11418, Sec. 3.2).
-
-    PoolFormer's residual adds the token back.
-    """
+class AvgPoolMixer(nn.Module):
+    """Mean of the valid tokens in a k x k window."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -96,8 +93,15 @@ class PoolMixer(nn.Module):
     def forward(self, x, pos, valid, grid):
         g, v = to_grid(x, valid, grid)                              # (B, C, H, W), (B|1, 1, H, W)
         count = F.avg_pool2d(v, **self.window).clamp(min=1)         # valid tokens in each window
-        y = F.avg_pool2d(g, **self.window) / count - g
+        y = F.avg_pool2d(g, **self.window) / count
         return y.flatten(2).transpose(1, 2)                         # (B, N, C)
+
+
+class PoolMixer(AvgPoolMixer):
+    """That mean minus the token, which the residual adds back (arXiv:2111.11418, Sec. 3.2)."""
+
+    def forward(self, x, pos, valid, grid):
+        return super().forward(x, pos, valid, grid) - x
 
 
 class IdentityMixer(nn.Module):
@@ -108,6 +112,15 @@ class IdentityMixer(nn.Module):
 
     def forward(self, x, pos, valid, grid):
         return x
+
+
+class NoneMixer(IdentityMixer):
+    """Zeros: the residual keeps the token as it is. IdentityMixer makes x + norm(x) of it in a
+    pre-norm layer; in a post-norm layer norm(x + x), the same as norm(x) but for dropout.
+    """
+
+    def forward(self, x, pos, valid, grid):
+        return 0 * x                               # not zeros_like: DDP waits for every gradient
 
 
 class ConvMixer(nn.Module):
@@ -224,6 +237,6 @@ class RandomMixer(FixedGridMixer):
         return weight @ (x * valid[..., None]) / total[..., None].clamp(min=1e-12)
 
 
-MIXERS = {"attention": AttentionMixer, "pool": PoolMixer, "identity": IdentityMixer,
-          "mlp": MlpMixer, "fc": FcMixer, "random": RandomMixer, "conv": ConvMixer,
-          "sepconv": SepConvMixer}
+MIXERS = {"attention": AttentionMixer, "pool": PoolMixer, "avgpool": AvgPoolMixer,
+          "identity": IdentityMixer, "none": NoneMixer, "mlp": MlpMixer, "fc": FcMixer,
+          "random": RandomMixer, "conv": ConvMixer, "sepconv": SepConvMixer}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mixers import MIXERS, MixerConfig
 from coco_eval import UserError                        # a ValueError, printed as one line
-from options import check_options
+from options import check_options, nearest
 from resnet import NORMS, RESNETS, Normalise, ResNet
 from metaformer import METAFORMERS, MetaFormer, MetaFormerBackbone, MetaFormerConfig
 from checkpoint import load_weights                    # part of this file's interface
@@ -37,6 +37,7 @@ class ModelConfig:
     mixer: Annotated[str, "token mixer of both self-attentions", MIXERS] = "attention"
     encoder_mixer: Annotated[str, "of the encoder, if not --mixer", ("", *MIXERS)] = ""
     decoder_mixer: Annotated[str, "of the decoder, if not --mixer", ("", *MIXERS)] = ""
+    mixer_scale: Annotated[float, "first value of a learned scale on mixers; 0: none", 0] = 0.0
     pool_size: Annotated[int, "side of the pooling window in tokens, odd", 1] = 3
     grid_rows: Annotated[int, "rows of the largest token grid that mlp, fc and random take", 1] = 42
     grid_cols: Annotated[int, "its columns; 42 x 42 covers 1333 pixels at stride 32", 1] = 42
@@ -46,6 +47,8 @@ class ModelConfig:
     backbone_norm: Annotated[str, "of a ResNet; frozen with pretrained weights", NORMS] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "of the tokens", ("sine", "learned")] = "sine"
+    positions: Annotated[str, "where tokens get theirs: in the attention of each encoder layer, or "
+                              "added once to the encoder's input", ("layers", "input")] = "layers"
     position_temperature: Annotated[float, "of sine positions; low suits small grids"] = 10000.0
     enc_layers: Annotated[int, "encoder layers", 0] = 6
     dec_layers: Annotated[int, "decoder layers", 1] = 6
@@ -142,6 +145,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(cfg.hidden_dim, cfg.dim_feedforward)
         self.linear2 = nn.Linear(cfg.dim_feedforward, cfg.hidden_dim)
+        if cfg.mixer_scale:
+            self.mixer_scale = nn.Parameter(torch.full((cfg.hidden_dim,), cfg.mixer_scale))
         for k in range(norms):
             setattr(self, f"norm{k + 1}", nn.LayerNorm(cfg.hidden_dim))
         self.dropout_rate, self.pre_norm = cfg.dropout, cfg.pre_norm
@@ -153,6 +158,10 @@ class TransformerLayer(nn.Module):
         if self.pre_norm:
             return x + self.drop(block(norm(x)))
         return norm(x + self.drop(block(x)))
+
+    def mix(self, x, pos, valid, grid):
+        y = self.self_attn(x, pos, valid, grid)                     # (B, N, C)
+        return y * self.mixer_scale if hasattr(self, "mixer_scale") else y
 
     def feed_forward(self, x):
         return self.linear2(self.drop(F.relu(self.linear1(x))))
@@ -168,7 +177,7 @@ class EncoderLayer(TransformerLayer):
         self.self_attn = build_mixer(name, cfg, (cfg.grid_rows, cfg.grid_cols))
 
     def forward(self, x, pos, valid, grid):
-        x = self.residual(x, self.norm1, lambda y: self.self_attn(y, pos, valid, grid))
+        x = self.residual(x, self.norm1, lambda y: self.mix(y, pos, valid, grid))
         return self.residual(x, self.norm2, self.feed_forward)
 
 
@@ -185,7 +194,7 @@ class DecoderLayer(TransformerLayer):
         """x (B, Q, C), query_pos (Q, C); of the image memory and keys = memory + pos, both
         (B, N, C), and valid (B, N) or None."""
         def mix_queries(y):
-            return self.self_attn(y, query_pos, None, self.grid)
+            return self.mix(y, query_pos, None, self.grid)
 
         def read_image(y):
             return self.multihead_attn.attend(y + query_pos, keys, memory, valid)
@@ -234,12 +243,18 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        for p in self.parameters():
-            if p.dim() == 2 and p.requires_grad:
+        self.positions = cfg.positions
+        for name, p in self.named_parameters():
+            is_bias = name.split(".")[-1].startswith("b")           # see mixers.py
+            if p.dim() == 2 and p.requires_grad and not is_bias:
                 nn.init.xavier_uniform_(p)
 
     def forward(self, x, pos, query_pos, valid, grid):
-        memory = self.encoder(x, pos, valid, grid)
+        if self.positions == "input":
+            memory = self.encoder(x + pos, None, valid, grid)
+        else:
+            memory = self.encoder(x, pos, valid, grid)
+        # either way the cross-attention adds pos to its keys, and query_pos goes to every layer
         return self.decoder(query_pos, memory, pos, valid), memory
 
 
@@ -345,7 +360,7 @@ def build_model(config, **overrides):
     """
     if isinstance(config, str):
         if config not in MODELS:
-            raise UserError(f"model {config} is unknown, use one of: {', '.join(MODELS)}")
+            raise UserError(f"model {config} is unknown, {nearest(config, MODELS)}")
         config = MODELS[config]
     config = replace(config, **overrides)
     return MetaFormer(config) if isinstance(config, MetaFormerConfig) else DETR(config)

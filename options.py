@@ -8,8 +8,13 @@ An annotation holds the type, the help, and where there is a limit the least num
 """
 
 import argparse
+import difflib
 import math
+import re
+import sys
+import textwrap
 from dataclasses import fields
+from functools import partial
 from typing import get_args, get_type_hints
 
 from coco_eval import UserError
@@ -22,6 +27,17 @@ def annotations(config):
     return {name: (*get_args(hint), None)[:3] for name, hint in hints.items()}
 
 
+def nearest(value, names):
+    """What to say of a value that is none of the names: the nearest ones, or where none is near,
+    all of them if they are few."""
+    close = difflib.get_close_matches(value.lower(), filter(None, names), 3, 0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if len(names) > 20:
+        return "python train.py --help_all lists the known ones"
+    return f"use one of: {', '.join(filter(None, names))}"
+
+
 def check_options(config):
     """Raises ValueError for the first field whose value is of another type or beyond its limit."""
     for name, (type_, _, limit) in annotations(config).items():
@@ -29,41 +45,96 @@ def check_options(config):
         wanted = (int, float) if type_ is float else type_
         if not isinstance(value, wanted) or type_ is not bool and isinstance(value, bool):
             raise UserError(f"--{name} {value!r} must be of type {type_.__name__}")
+        largest = {int: 2**63, float: 1e38}.get(type_, math.inf)     # of int64 and float32
+        if type_ is not str and not -largest < value < largest:      # refuses NaN, too
+            raise UserError(f"--{name} {value} must be a number below {largest}")
         if limit is None:
             continue
         if type_ is str and value not in limit:
-            known = ", ".join(known for known in limit if known)
-            raise UserError(f"--{name} {value} is unknown, use one of: {known}")
-        if type_ is not str and not limit <= value < math.inf:
+            raise UserError(f"--{name} {value} is unknown, {nearest(value, limit)}")
+        if type_ is not str and not value >= limit:
             raise UserError(f"--{name} {value} must be a number of at least {limit}")
+        if type_ is int and value >= 2**63:
+            raise UserError(f"--{name} {value} must be below 2**63")
 
 
-def read_options(argv, description, configs, presets, hidden=()):
+def option_help(config, field, presets, short):
+    """The help of a field: its text, choices and defaults; short: the first default alone, and of
+    many choices none."""
+    type_, text, limit = annotations(config)[field.name]
+    if type_ is str and limit is not None:
+        names = [name for name in limit if name]
+        many = "a name that --help_all lists" if short else "see the end"
+        text += f": {', '.join(names) if len(names) <= 20 else many}"
+    defaults = [] if short and field.default in ("", 0) else [f"default {field.default!r}"]
+    if not short:
+        defaults += [f"{kind}: {preset[field.name]}" for kind, preset in presets.items()
+                     if field.name in preset]
+    text += f" ({'; '.join(defaults)})" if defaults else ""
+    return text.replace("%", "%%")
+
+
+def lists_of_names(configs):
+    """Text that lists the choices of the fields that have many, for the end of the help."""
+    lists = {}
+    for config in configs:
+        for name, (type_, _, limit) in annotations(config).items():
+            if type_ is str and limit is not None and len(limit) > 20:
+                lists[name] = ", ".join(limit)
+    return "\n\n".join(textwrap.fill(f"--{name}: {names}", 100, subsequent_indent="    ",
+                                     break_on_hyphens=False) for name, names in lists.items())
+
+
+def check_flags(parser, argv, known):
+    """A usage error for the first word that looks like a flag but is none, with the nearest."""
+    for word in argv:
+        flag = re.match(r"--?([A-Za-z][\w-]*)", word)
+        if flag and flag[0] not in known:
+            name = flag[1].replace("-", "_")
+            close = difflib.get_close_matches(f"--{name}", known, 3, 0.7)
+            close += [k for k in known if k.startswith(f"--{name}") and k not in close][:3]
+            advice = f"did you mean {' or '.join(close[:3])}?" if close else (
+                "python train.py --help_all lists all options")
+            parser.error(f"{flag[0]} is no option, {advice}")
+
+
+def read_options(argv, description, configs, presets, groups, hidden=()):
     """The parser, and the flags that were given as a dict.
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
     --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both. Abbreviations are off, so that a typo is an error.
+    one flag, whose help has both; if one is a boolean, the later. Abbreviations are off, so that a
+    typo is an error. groups: {first field of a group: its title} for --help_all; --help has the
+    fields in groups[""] alone.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    short = "--help_all" not in argv
+    end = "Defaults are those for COCO; built-in shapes, class folders and --overfit have others."
     parser = argparse.ArgumentParser(
-        usage="python train.py [--option value ...]", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {}
+        usage="python train.py [--option value ...]", allow_abbrev=False,
+        description=description, epilog=end if short else lists_of_names(configs),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27,
+                                width=100))
+    parser.add_argument("--help_all", action="help", help="all options, models and backbones")
+    flags, group = {}, parser
     for config in configs:
-        group, hints = parser.add_argument_group(config.__name__), annotations(config)
         for field in fields(config):
-            type_, text, limit = hints[field.name]
-            if type_ is str and limit is not None:
-                text += f": {', '.join(name for name in limit if name)}"
-            defaults = [f"default {field.default!r}"]
-            defaults += [f"{kind}: {preset[field.name]}" for kind, preset in presets.items()
-                         if field.name in preset]
-            text = f"{text} ({'; '.join(defaults)})".replace("%", "%%")
-            if field.name in flags:
-                flags[field.name].help += f"; {config.__name__}: {text}"
-            elif field.name not in hidden:
+            name, type_ = field.name, annotations(config)[field.name][0]
+            if name in groups and not short:
+                group = parser.add_argument_group(groups[name])
+            text = option_help(config, field, presets, short)
+            if short and name not in groups[""]:
+                text = argparse.SUPPRESS
+            if name in flags:
+                flags[name].help += "" if short else f"; {config.__name__}: {text}"
+                if type_ is bool:                  # a value for one model, none for the other
+                    flags[name].nargs, flags[name].const = "?", True
+                    group.add_argument(f"--no-{name}", dest=name, action="store_false",
+                                       help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+            elif name not in hidden:
                 kind = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(
-                    type=type_)
-                flags[field.name] = group.add_argument(
-                    f"--{field.name}", help=text, default=argparse.SUPPRESS, **kind)
+                    type=type_, metavar={int: "N", float: "X", str: "VALUE"}[type_])
+                flags[name] = group.add_argument(f"--{name}", help=text,
+                                                 default=argparse.SUPPRESS, **kind)
+    check_flags(parser, argv, list(parser._option_string_actions))
     return parser, vars(parser.parse_args(argv))

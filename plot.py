@@ -1,65 +1,128 @@
-"""Curves of one or several runs in one picture: average precision and training loss by epoch.
+"""Curves of runs in one picture: losses, class error and average precision by epoch.
 
     python plot.py out/attention out/pool --out curves.png
-    python plot.py out/log.txt detr-r50_log.txt                 # the published log beside it
+    python plot.py out/pool_s1 out/pool_s2 out/mlp_s1 out/mlp_s2     # mean and range by arm
+    python plot.py out detr-r50_log.txt --epochs 20                  # beside the published log
+    python plot.py out/pool --steps                                  # in training, every 50 steps
 
-Reads log.txt, one JSON object per epoch. `python bench.py mixers --plot` draws here, too.
-Needs matplotlib (requirements-dev.txt).
+Training is solid, validation dashed. Runs whose names differ only in a last _s1, _s2, ... (one
+digit) or -seed1, ... are one arm: a line for their mean and a band from the least to the largest,
+at the epochs that all of them have. Reads log.txt or steps.txt, one JSON object a line, also as
+.gz. `python bench.py mixers --plot` draws here, too. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
+import gzip
 import json
 import os
+import re
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
 
-from coco_eval import UserError, UserFileError, run_command
+from coco_eval import UserError, UserFileError, check_output, run_command, writing
 
 
-DETECTORS, CLASSIFIERS = ("AP", "AP50"), ("top-1", "top-5")
+# what is drawn of a run by its kind and the file that is read, three panels in a row
+PANELS = {
+    ("detector", "log.txt"): ("class_error", "loss", "loss_bbox", "loss_giou", "AP50", "AP"),
+    ("detector", "steps.txt"): ("class_error", "loss", "loss_bbox", "loss_giou", "grad_norm", "lr"),
+    ("classifier", "log.txt"): ("loss", "top1", "top5"),
+    ("classifier", "steps.txt"): ("loss", "class_error", "grad_norm")}
+TITLES = {
+    "class_error": "class error, %", "loss": "loss (weighted sum)",
+    "loss_bbox": "loss_bbox (L1 of cx, cy, w, h in image sides)",
+    "loss_giou": "loss_giou (1 - generalised IoU)", "AP50": "AP50",
+    "AP": "AP (mean over IoU 0.50 to 0.95)", "grad_norm": "norm of the gradient",
+    "lr": "learning rate", "top1": "top-1, %", "top5": "top-5, %"}
 
 
-def read_log(path):
-    """The records of a log file, or of a folder's log.txt, each with "epoch" (from 0) and, where it
-    was tested, "scores" by name. Raises UserError, UserFileError."""
-    path = os.path.join(path, "log.txt") if os.path.isdir(path) else path
+def read_record(line, number, file):
+    """A line of log.txt or steps.txt as a dict of "x", finished epochs (of steps.txt: epochs and
+    steps), and the curves by name, "train_loss" and "test_AP" for example; losses without their
+    weights, but for the sum."""
+    r = json.loads(line)
+    if file == "steps.txt":
+        return {"x": (r["epoch"] + 0, r["step"] + 0), **{f"train_{k}": v for k, v in r.items()}}
+    r["x"] = r.get("epoch", number) + 1                  # the log published with DETR has no epoch
+    r.update({k.removesuffix("_unscaled"): v for k, v in r.items() if k.endswith("_unscaled")})
+    if "test_coco_eval_bbox" in r:
+        r["test_AP"], r["test_AP50"] = r["test_coco_eval_bbox"][:2]
+    if "test_acc1" in r:
+        r["test_top1"], r["test_top5"] = r["test_acc1"], r["test_acc5"]
+        r["train_top1"] = 100 - r.get("train_class_error", np.nan)
+    return r
+
+
+def read_log(path, file="log.txt"):
+    """The records of a log, a list of dicts as read_record gives them, but "x" always in epochs.
+
+    path: the log, or a folder that holds one; file: what kind it is, "log.txt" or "steps.txt".
+    Raises UserError, UserFileError.
+    """
+    path = os.path.join(path, file) if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserFileError(f"{path} not found: give log files of train.py or their folders")
     records = []
-    with open(path) as file:
-        for number, line in enumerate(file):
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", errors="replace") as lines:
+        for number, line in enumerate(lines):
             try:
-                record = json.loads(line)
-                record.setdefault("epoch", number)       # the log published with DETR has none
-                if "test_coco_eval_bbox" in record:
-                    record["scores"] = dict(zip(DETECTORS, record["test_coco_eval_bbox"]))
-                elif "test_acc1" in record:
-                    percent = record["test_acc1"], record["test_acc5"]
-                    record["scores"] = dict(zip(CLASSIFIERS, (v / 100 for v in percent)))
-                record["train_loss"], record["epoch"] + 0
+                records.append(read_record(line, number, file))
+                records[-1]["train_loss"] + 0
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{path}, line {number + 1} is no epoch of a log, a JSON object "
-                                f"with train_loss ({error!r})") from None
-            records.append(record)
+                raise UserError(f"{path}, line {number + 1} is no line of a {file}, a JSON object "
+                                f"with the training loss ({error!r})") from None
+    if file == "steps.txt":                              # 30 of 40 steps of the first epoch: 0.75
+        steps = max((r["x"][1] for r in records), default=1)
+        records = [{**r, "x": r["x"][0] + r["x"][1] / steps} for r in records]
     return records
 
 
 def label(path):
     """The run's name: "pool" for out/pool and out/pool/log.txt; "detr" for detr.txt."""
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.basename(folder) if name == "log.txt" else name.removesuffix(".txt")
+    if name in ("log.txt", "steps.txt"):
+        return os.path.basename(folder)
+    return name.removesuffix(".gz").removesuffix(".txt")
 
 
-def draw(axes, path, records):
-    """The curves of one run: two scores and the training loss."""
-    tested = [r for r in records if "scores" in r]
-    for k, axis in enumerate(axes[:2]):
-        curve = [list(r["scores"].values())[k] for r in tested]
-        axis.plot([r["epoch"] + 1 for r in tested], curve, marker=".", label=label(path))
-    axes[2].plot([r["epoch"] + 1 for r in records], [r["train_loss"] for r in records],
-                 marker=".", label=label(path))
+def group(paths):
+    """{arm: paths}: the runs of an arm differ in the seed that ends their names. Where two paths
+    have the same name, they are called by the path."""
+    arms, names = {}, [label(path) for path in paths]
+    for path, name in zip(paths, names):
+        name = name if names.count(name) == 1 else path
+        arms.setdefault(re.sub(r"(_s\d|-seed\d+)$", "", name), []).append(path)
+    return arms
+
+
+def mean_and_range(runs, key):
+    """x, mean, least and largest of a key over runs, lists of records, where all have a value."""
+    curves = [{r["x"]: r[key] for r in run if key in r} for run in runs]
+    x = sorted(set.intersection(*map(set, curves)))
+    y = np.array([[curve[v] for v in x] for curve in curves])        # (runs, epochs)
+    return x, y.mean(0), y.min(0), y.max(0)
+
+
+def draw(axis, arms, key):
+    """The curves of one panel; arms: {name: (colour, runs)}."""
+    for color, runs in arms.values():
+        for split, style in (("train", "-"), ("test", "--")):
+            x, mean, least, largest = mean_and_range(runs, f"{split}_{key}")
+            axis.plot(x, mean, style, color=color, marker="." if len(x) < 30 else "")
+            if len(runs) > 1:
+                axis.fill_between(x, least, largest, color=color, alpha=0.2, linewidth=0)
+    axis.set(title=TITLES[key], xlabel="epoch")
+    axis.grid(alpha=0.3)
+    if axis.get_xlim()[1] > 2:                           # whole epochs
+        axis.locator_params(axis="x", integer=True)
+
+
+def is_detector(runs):
+    return any("train_loss_bbox" in r or "test_AP" in r for run in runs for r in run)
 
 
 def plot_mixers(rows, path):
@@ -79,30 +142,94 @@ def plot_mixers(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_arms(groups, path):
+    """Of each group of arms, AP of every seed, and mean AP over mean training time.
+
+    groups: {title: {arm: {seed: dict with "AP" and "seconds"}}}, from study.py; of a group, a line
+    marks the mean AP of the first arm.
+    """
+    most = max(map(len, groups.values()))
+    figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
+                                squeeze=False, sharex="row", layout="constrained")
+    for (dots, times), (title, arms) in zip(axes.T, groups.items()):
+        for k, (arm, runs) in enumerate(arms.items()):
+            aps, seconds = ([r[name] for r in runs.values()] for name in ("AP", "seconds"))
+            mean, color = sum(aps) / len(aps), f"C{k % 10}"
+            dots.plot(aps, [k] * len(aps), "o", color=color, alpha=0.6)
+            dots.plot(mean, k, "|", color=color, markersize=16)
+            if k == 0:
+                dots.axvline(mean, color="gray", linestyle=":")
+            times.plot(sum(seconds) / len(seconds), mean, "o", color=color, label=arm)
+        dots.set(title=title, xlabel="AP, a dot for each seed", yticks=range(len(arms)),
+                 yticklabels=list(arms))
+        dots.invert_yaxis()
+        times.set(xlabel="seconds of one thread", ylabel="mean AP")
+        times.legend(fontsize="x-small")
+        for axis in (dots, times):
+            axis.grid(alpha=0.3)
+    for times in axes[1]:
+        times.set_ylim(axes[0, 0].get_xlim())
+    figure.savefig(path, dpi=120)
+
+
+def plot_noise(rows, path):
+    """Deviation of the loss over the batch size, both logarithmic: in training, and dashed with
+    fixed weights. rows: dicts with "mixer", "batch_size", "deviation" and "frozen"."""
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for k, mixer in enumerate(dict.fromkeys(r["mixer"] for r in rows)):
+        own = sorted((r for r in rows if r["mixer"] == mixer), key=lambda r: r["batch_size"])
+        sizes = [r["batch_size"] for r in own]
+        axis.loglog(sizes, [r["deviation"] for r in own], "o-", color=f"C{k}", label=mixer)
+        axis.loglog(sizes, [r["frozen"] for r in own], ".--", color=f"C{k}")
+    sizes = sorted({r["batch_size"] for r in rows})
+    first = max(r["deviation"] for r in rows if r["batch_size"] == sizes[0])
+    axis.loglog(sizes, [first * (size / sizes[0]) ** -0.5 for size in sizes], ":", color="gray",
+                label="power -1/2")
+    axis.set(xlabel="images in a batch", ylabel="deviation of the loss over its mean",
+             title="solid: in training; dashed: fixed weights")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", help="log files, or folders that hold a log.txt")
+    parser.add_argument("logs", nargs="+", help="log files, or folders that hold one")
+    parser.add_argument("--steps", action="store_true", help="read steps.txt instead of log.txt")
+    parser.add_argument("--epochs", type=float, default=float("inf"), help="only the first N")
     parser.add_argument("--out", default="curves.png", help="the picture, .png or .svg")
     args = parser.parse_args(argv)
+    file = "steps.txt" if args.steps else "log.txt"
+    check_output("--out", args.out)
+    known = plt.gcf().canvas.get_supported_filetypes()               # without a suffix: .png
+    if os.path.splitext(args.out)[1][1:].lower() not in ("", *known):
+        raise UserError(f"--out {args.out} should end in .png or .svg")
 
-    # detectors and classifiers in rows of their own
-    rows = {DETECTORS: [], CLASSIFIERS: []}
-    for path in args.logs:
-        records = read_log(path)
-        classifier = any("test_acc1" in r for r in records)
-        rows[CLASSIFIERS if classifier else DETECTORS].append((path, records))
-    rows = {names: runs for names, runs in rows.items() if runs}
-    figure, grid = plt.subplots(len(rows), 3, figsize=(13, 4 * len(rows)), layout="constrained",
-                                squeeze=False)
-    for axes, (names, runs) in zip(grid, rows.items()):
-        for path, records in runs:
-            draw(axes, path, records)
-        for axis, title in zip(axes, (*names, "training loss")):
-            axis.set(title=title, xlabel="epoch")
-            axis.grid(alpha=0.3)
-        axes[0].legend()
-    figure.savefig(args.out, dpi=120)
+    # a colour for each arm; detectors and classifiers have panels of their own
+    kinds = {"detector": {}, "classifier": {}}
+    for k, (name, paths) in enumerate(group(args.logs).items()):
+        runs = [[r for r in read_log(path, file) if r["x"] <= args.epochs] for path in paths]
+        kinds["detector" if is_detector(runs) else "classifier"][name] = f"C{k}", runs
+    panels = [(key, arms) for kind, arms in kinds.items() if arms for key in PANELS[kind, file]]
+
+    rows = len(panels) // 3
+    figure, axes = plt.subplots(rows, 3, figsize=(13, 4 * rows), layout="constrained")
+    for axis, (key, arms) in zip(axes.flat, panels):
+        draw(axis, arms, key)
+
+    # one legend for all panels
+    handles = [Line2D([], [], color="black", label="training")]
+    if not args.steps:
+        handles.append(Line2D([], [], color="black", linestyle="--", label="validation"))
+    for name, (color, runs) in {**kinds["detector"], **kinds["classifier"]}.items():
+        name = name if len(runs) == 1 else f"{name} ({len(runs)} runs: mean, range)"
+        handles.append(Line2D([], [], color=color, label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    with writing(args.out):
+        figure.savefig(args.out, dpi=120)
     print(f"{len(args.logs)} run(s) drawn in {args.out}")
 
 

@@ -4,30 +4,26 @@
     logits, boxes, masks = model(images, valid)            # mask logits (B, Q, IH / 4, IW / 4)
 """
 
-import json
 import math
 import os
 from contextlib import suppress
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
 from coco_eval import (UserError, ap_table, evaluate_columns, mask_box, mask_edges, read_json,
-                       result_json, summary)
-from images import (contact_sheet, draw_boxes, draw_ground, draw_masks, draw_shape,
-                    read_image)
+                       result_json, summary, writing)
+from images import draw_boxes, draw_ground, draw_masks, draw_shape, read_image
 from check_data import (as_instances, cached_arrays, file_faults, image_faults, refuse,
                         short_repr)
 from data import CocoDataset, ShapesDataset
-from checkpoint import freeze_detector
 from matcher import match
 from losses import loss_normalizers, set_loss
-from evaluate import detection_rows, evaluate
-from report import detection_report
+from evaluate import detection_rows, evaluate, gather
+from report import detection_report, draw_detections, say
 
 
 # -- the head ------------------------------------------------------------------------------------
@@ -162,26 +158,56 @@ def matched_masks(pairs, targets, size):
 def segmentation_losses(run, images, valid, targets, normalizers, global_step):
     """set_loss of a micro-batch with the losses of the masks, which are computed for the matched
     queries of the last layer alone; global_step is for classification_losses."""
-    cfg, pairs = run.loss_cfg, []
-    if run.cfg.frozen_weights:
-        freeze_detector(run.raw_model)
+    pairs = []
 
     def matched(logits, boxes):
-        used = slice(None) if cfg.aux_loss else slice(-1, None)
-        pairs.extend(match(logits[used], boxes[used], targets, cfg.set_cost_class,
-                           cfg.set_cost_bbox, cfg.set_cost_giou))
-        image = [torch.full_like(query, i) for i, (query, _) in enumerate(pairs[-1])]
-        return torch.cat(image), torch.cat([query for query, _ in pairs[-1]])
+        pairs.extend(match_layers(logits, boxes, targets, run.loss_cfg))
+        return matched_queries(pairs[-1])
 
     logits, boxes, masks = run.model(images, valid, matched)
-    losses = set_loss(logits, boxes, targets, cfg, normalizers, pairs)
+    losses = set_loss(logits, boxes, targets, run.loss_cfg, normalizers, run.class_weights, pairs)
     if normalizers is None:
         normalizers = loss_normalizers(targets, boxes.shape[2])
-    wanted = matched_masks(pairs[-1], targets, images.shape[2:]).to(images.device)
-    losses |= mask_losses(masks, wanted, normalizers[0].item())
-    losses["loss"] = (losses["loss"] + cfg.mask_loss_coef * losses["loss_mask"]
-                      + cfg.dice_loss_coef * losses["loss_dice"])
-    return losses
+    return add_mask_losses(losses, masks, pairs, targets, run.loss_cfg, normalizers)
+
+
+def match_layers(logits, boxes, targets, cfg):
+    """match of the decoder layers that set_loss uses."""
+    used = slice(None) if cfg.aux_loss else slice(-1, None)
+    return match(logits[used], boxes[used], targets, cfg.set_cost_class, cfg.set_cost_bbox,
+                 cfg.set_cost_giou)
+
+
+def matched_queries(pairs):
+    """(image, query), each (M,), of the matched objects; pairs: of match, of one layer."""
+    image = [torch.full_like(query, i) for i, (query, _) in enumerate(pairs)]
+    return torch.cat(image), torch.cat([query for query, _ in pairs])
+
+
+def add_mask_losses(losses, masks, pairs, targets, cfg, normalizers):
+    """The dict of set_loss with those of the masks (M, H4, W4) of the matched queries."""
+    size = np.max([t["masks"].shape[1:] for t in targets], axis=0).tolist()    # of the batch
+    wanted = matched_masks(pairs[-1], targets, size).to(masks.device)
+    losses = losses | mask_losses(masks, wanted, normalizers[0].item())
+    total = (losses["loss"] + cfg.mask_loss_coef * losses["loss_mask"]
+             + cfg.dice_loss_coef * losses["loss_dice"])
+    return {**losses, "loss": total}
+
+
+def share_in_segmentation_losses(run):
+    """share_in_detection_losses with the losses of the masks, of which each counts the padding of
+    its own batch."""
+    dataset, cfg = run.val_loader.dataset, run.loss_cfg
+    labels = [{"labels": dataset.objects(i)[1]} for i in range(len(dataset))]
+    whole = loss_normalizers(labels, run.model_cfg.num_queries)
+
+    def share(outputs, targets):
+        logits, boxes, masks = outputs
+        pairs = match_layers(logits, boxes, targets, cfg)
+        losses = set_loss(logits, boxes, targets, cfg, whole, pairs=pairs)
+        image, query = matched_queries(pairs[-1])
+        return add_mask_losses(losses, masks[image, query], pairs, targets, cfg, whole)
+    return share
 
 
 # -- masks as pixels and as runs -----------------------------------------------------------------
@@ -273,11 +299,12 @@ class ShapeMasks(Masks):
 
     def pixels(self, i):
         # the image again, with the same random numbers, but each object in its number
-        rng, objects, ground = self.dataset._scene(self.dataset.files[i])
+        rng, ground, objects = self.dataset._scene(self.dataset.files[i])
         draw_ground(rng, ground, self.dataset.side)
         canvas = Image.new("L", (self.dataset.side, self.dataset.side))
-        for k, (label, box, _) in enumerate(objects, 1):
-            draw_shape(canvas, rng, label, box, fill=k)
+        for k, (_, _, parts) in enumerate(objects, 1):
+            for shape, box, _ in parts:
+                draw_shape(canvas, rng, shape, box, fill=k)
         return [np.array(canvas) == k for k in range(1, len(objects) + 1)]
 
 
@@ -296,7 +323,16 @@ def segmentation_parts(record, h, w):
     return segmentation, False
 
 
-def read_segmentations(json_path, dataset):
+def annotation_file(dataset):
+    """The path of a CocoDataset's COCO file. Raises UserError for another format."""
+    labels = dataset.json_path
+    if getattr(labels, "reader", None):
+        raise UserError(f"--masks: {labels} is in {dataset.format_name} format, of which boxes "
+                        f"alone are read: give a COCO file with segmentations")
+    return str(getattr(labels, "path", labels))
+
+
+def read_segmentations(dataset):
     """The segmentations of a COCO file as flat arrays, in the order of read_coco: for a panoptic
     file read_panoptic's; for an instances file:
 
@@ -310,10 +346,12 @@ def read_segmentations(json_path, dataset):
                 record["segmentation"] = [np.array(ring) for ring in record["segmentation"]]
         return record
 
+    json_path = annotation_file(dataset)
     data = read_json(json_path, "a COCO instances file", as_arrays)
-    records = data["annotations"]
-    if as_instances(data) is not data:
-        return read_panoptic(json_path, data, dataset)
+    panoptic, own_images = as_instances(data) is not data, set(dataset.image_ids.tolist())
+    records = [r for r in data["annotations"] if r.get("image_id") in own_images]  # --val_split
+    if panoptic:
+        return read_panoptic(json_path, {**data, "annotations": records}, dataset)
     image_index = {id_: i for i, id_ in enumerate(dataset.image_ids.tolist())}
     image = np.array([image_index[r["image_id"]] for r in records], np.int64)
     order = np.argsort(image, kind="stable")
@@ -402,7 +440,7 @@ class PanopticMasks(Masks):
         super().__init__(dataset)
         self.image_ids = dataset.image_ids                          # before --overfit
         self.first, self.segment = arrays["first"], arrays["segment"]
-        self.folder, self.png = png_folder(dataset.source), arrays["png"]
+        self.folder, self.png = png_folder(annotation_file(dataset)), arrays["png"]
         stuff = [os.fsdecode(name) for name in arrays["stuff"].tolist()]
         dataset.things = [name not in stuff for name in dataset.classes]
 
@@ -427,8 +465,7 @@ def add_masks(dataset):
     if isinstance(dataset, ShapesDataset):
         dataset.masks = ShapeMasks(dataset)
     elif isinstance(dataset, CocoDataset):
-        path = dataset.source
-        arrays = cached_arrays(path, lambda: read_segmentations(path, dataset), "masks")
+        arrays = cached_arrays(dataset.source, lambda: read_segmentations(dataset), what="masks")
         dataset.masks = (PanopticMasks if "segment" in arrays else CocoMasks)(dataset, arrays)
     elif dataset.masks is None:
         raise UserError(f"--masks: {type(dataset).__name__} has none, give it a field `masks`, as "
@@ -568,7 +605,7 @@ def true_columns(dataset):
     return dataset.masks.columns
 
 
-def evaluate_masks(model, loader, device, dtype=torch.float32):
+def evaluate_masks(model, loader, device, dtype=torch.float32, losses_of=None):
     """evaluate() of a model with masks. Adds to the dict: "masks", for each detection a dict with
     its "segmentation" in COCO's compressed form; "segm", the evaluation of the masks; and on
     panoptic data "panoptic", the dict of panoptic_quality."""
@@ -589,8 +626,8 @@ def evaluate_masks(model, loader, device, dtype=torch.float32):
             found_of_image[i] = codes, counts
         return detection_rows(outputs, targets, dataset)
 
-    result = evaluate(model, loader, device, dtype, rows_and_masks)
-    for theirs in gather_objects(found_of_image):
+    result = evaluate(model, loader, device, dtype, losses_of, rows_and_masks)
+    for theirs in gather(found_of_image):
         found_of_image.update(theirs)
 
     # the detections in the order of rows: by image, then by query
@@ -609,27 +646,19 @@ def evaluate_masks(model, loader, device, dtype=torch.float32):
     return result
 
 
-def gather_objects(mine):
-    """The objects of all processes, as a list."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def segmentation_report(result):
+def segmentation_report(run, result, elapsed):
     """detection_report with the masks: the score is their AP."""
-    _, line, entries = detection_report(result)
+    _, entries = detection_report(run, result, elapsed)
     stats = result["segm"]["stats"].tolist()
-    line = f"{line}  masks: AP {stats[0]:.3f}  AP50 {stats[1]:.3f}"
+    line = f"         masks: AP {stats[0]:.3f}  AP50 {stats[1]:.3f}  AP75 {stats[2]:.3f}"
     entries["test_coco_eval_masks"] = stats
     if "panoptic" in result:
         quality = result["panoptic"]
         line += f"  PQ {quality['all']['pq']:.3f}"
         entries |= {"test_PQ_all": quality["all"], "test_PQ_th": quality["things"],
                     "test_PQ_st": quality["stuff"]}
-    return stats[0], line, entries
+    say(run, line)
+    return stats[0], entries
 
 
 def print_masks(result):
@@ -645,15 +674,12 @@ def print_masks(result):
 
 def draw_mask_detections(result, dataset, threshold=0.7):
     """draw_detections with the masks."""
-    rows, items = result["rows"].numpy(), []
-    for i in range(min(16, len(dataset))):
-        found = np.flatnonzero((rows[:, 0] == i) & (rows[:, 2] > threshold))
-        names = [dataset.classes[int(k)] for k in rows[found, 1]]
-        size, codes = dataset.sizes[i].tolist(), [result["masks"][k] for k in found]
-        masks = [edge_pixels(mask_edges(code["segmentation"], *size), *size) for code in codes]
-        boxes = np.concatenate([rows[found, 3:5], rows[found, 3:5] + rows[found, 5:]], 1)
-        items.append((draw_masks(dataset.read(i), masks, names), boxes, names, rows[found, 2]))
-    return contact_sheet(items)
+    def paint(image, places):
+        places = places[::-1]                                        # the best on top
+        names = [dataset.classes[int(k)] for k in result["rows"][places.copy(), 1]]
+        codes, (w, h) = [result["masks"][k]["segmentation"] for k in places], image.size
+        return draw_masks(image, [edge_pixels(mask_edges(c, h, w), h, w) for c in codes], names)
+    return draw_detections(result, dataset, threshold, paint)
 
 
 # -- prediction: python predict.py ---------------------------------------------------------------
@@ -704,34 +730,37 @@ def panoptic_things(info):
 
 class PanopticWriter:
     """Writes panoptic segmentations to the folder `out`, in COCO's format: a PNG file of segments
-    for each image, panoptic.json for all; and pictures to look at, *_panoptic.jpg.
+    for each image; and pictures to look at, *_panoptic.jpg.
 
-    model, info: of load_model; written: names in `out` that are not to be written over.
+    detector: of predict.py.
     """
 
-    def __init__(self, model, info, out, threshold, written):
-        self.model, self.info, self.things = model, info, panoptic_things(info)
-        self.out, self.threshold, self.written = out, threshold, written
-        self.images, self.annotations = [], []
+    def __init__(self, detector, out):
+        self.detector, self.info, self.out = detector, detector.info, out
+        self.things, self.images, self.annotations = panoptic_things(self.info), [], []
 
-    def add(self, path, image, pixels):
-        """An image: the path of its file, PIL, and as the network's input uint8 (1, 3, IH, IW)."""
-        ids, labels = predict_panoptic(self.model, pixels, image.size[::-1], self.things,
-                                       self.threshold)
+    def add(self, path, image, written):
+        """An image, PIL, and the path of its file; written: names in `out` that are not to be
+        written over, to which those of the image are added."""
+        pixels = self.detector.pixels(image)
+        ids, labels = predict_panoptic(self.detector.model, pixels, image.size[::-1], self.things,
+                                       self.detector.threshold)
         names = [self.info["classes"][k] or f"class {k}" for k in labels]
         first = f"{os.path.splitext(os.path.basename(path))[0]}_panoptic"
         stem, n = first, 2
-        while {f"{stem}.png", f"{stem}.jpg"} & self.written:
+        while {f"{stem}.png", f"{stem}.jpg"} & written:
             stem, n = f"{first}_{n}", n + 1
-        self.written |= {f"{stem}.png", f"{stem}.jpg"}
+        written |= {f"{stem}.png", f"{stem}.jpg"}
 
         colors = np.stack([ids >> 8 * k & 255 for k in range(3)], 2).astype(np.uint8)
-        Image.fromarray(colors).save(os.path.join(self.out, f"{stem}.png"))
+        with writing(os.path.join(self.out, stem)):
+            Image.fromarray(colors).save(os.path.join(self.out, f"{stem}.png"))
         masks = [ids == k for k in range(1, len(labels) + 1)]
         boxes = [mask_box(pixel_edges(mask), len(mask)) for mask in masks]
         corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
         drawn = draw_boxes(draw_masks(image, masks, names), corners, names)
-        drawn.save(os.path.join(self.out, f"{stem}.jpg"), quality=92)
+        with writing(os.path.join(self.out, stem)):
+            drawn.save(os.path.join(self.out, f"{stem}.jpg"), quality=92)
 
         self.images.append({"id": len(self.images) + 1, "file_name": path, "width": image.width,
                             "height": image.height})
@@ -743,11 +772,8 @@ class PanopticWriter:
                                  "segments_info": segments})
         print(f"{path}: {', '.join(names) or 'nothing'}")
 
-    def close(self):
-        """Writes panoptic.json."""
+    def contents(self):
+        """Those of panoptic.json, for json.dump."""
         categories = [{"id": id_, "name": name, "isthing": int(thing)} for id_, name, thing in
                       zip(self.info["category_ids"], self.info["classes"], self.things) if name]
-        with open(os.path.join(self.out, "panoptic.json"), "w") as file:
-            json.dump({"images": self.images, "annotations": self.annotations,
-                       "categories": categories}, file)
-        print(f"{len(self.images)} image(s) drawn, and panoptic.json, in {self.out}")
+        return {"images": self.images, "annotations": self.annotations, "categories": categories}

@@ -25,21 +25,24 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from coco_eval import UserError
+from coco_eval import UserError, writing
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
-from checkpoint import (check_output_dir, find_resume, first_weights, frozen_classes,
-                        load_optimizer, lock_output_dir, save_run, truncate_logs)
+from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_output_dir, save_run,
+                        truncate_logs)
 from model import build_model
+from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
                     parse_options)
 from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
-                    epoch_record, explain, hint, hms, ignore_signals, say)
-from segmentation import draw_mask_detections, segmentation_losses, segmentation_report
+                    epoch_record, explain, hint, ignore_signals, say, say_best,
+                    share_in_class_losses, share_in_detection_losses)
+from segmentation import (draw_mask_detections, segmentation_losses, segmentation_report,
+                          share_in_segmentation_losses)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -104,6 +107,7 @@ def build_optimizer(model, cfg):
         second["weight_decay"] = 0.0
     else:
         second["lr"] = second["base_lr"] = cfg.lr_backbone
+    freeze(model, cfg)
     for name, p in model.named_parameters():
         if "backbone" in name and not cfg.lr_backbone:
             p.requires_grad_(False)
@@ -124,8 +128,11 @@ def lr_factor(cfg, global_step, steps_per_epoch):
     if cfg.schedule == "step":
         epoch = global_step // steps_per_epoch
         return warmup * 0.1 ** (epoch // cfg.lr_drop)
+    steps = cfg.epochs * steps_per_epoch
+    if cfg.schedule == "trapezoid":
+        return warmup * min(1.0, (steps - global_step) / (cfg.decay_share * steps))
     min_factor = min(1.0, cfg.min_lr / cfg.lr) if cfg.lr else 0.0
-    cosine = 0.5 * (1 + math.cos(math.pi * global_step / (cfg.epochs * steps_per_epoch)))
+    cosine = 0.5 * (1 + math.cos(math.pi * global_step / steps))
     return warmup * (min_factor + (1 - min_factor) * cosine)
 
 
@@ -144,15 +151,17 @@ def seed_step(cfg, global_step, rank, world):
 def detection_losses(run, images, valid, targets, normalizers, global_step):
     """set_loss of a micro-batch; global_step is for classification_losses."""
     logits, boxes = run.model(images, valid)                        # (L, B, Q, K+1), (L, B, Q, 4)
-    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers)
+    return set_loss(logits, boxes, targets, run.loss_cfg, normalizers, run.class_weights)
 
 
 # the functions in which detectors and classifiers differ; a run chooses once, in start_run
-Task = namedtuple("Task", "losses evaluate report draw")
-DETECTION = Task(detection_losses, evaluate, detection_report, draw_detections)
-CLASSIFICATION = Task(classification_losses, evaluate_classifier, classification_report,
-                      draw_classes)
-SEGMENTATION = Task(segmentation_losses, evaluate, segmentation_report, draw_mask_detections)
+Task = namedtuple("Task", "losses evaluate validation_losses report draw")
+DETECTION = Task(detection_losses, evaluate, share_in_detection_losses, detection_report,
+                 draw_detections)
+SEGMENTATION = Task(segmentation_losses, evaluate, share_in_segmentation_losses,
+                    segmentation_report, draw_mask_detections)
+CLASSIFICATION = Task(classification_losses, evaluate_classifier, share_in_class_losses,
+                      classification_report, draw_classes)
 
 
 @dataclass
@@ -173,6 +182,7 @@ class Run:
     dtype: torch.dtype                             # of autocast
     interrupt: dict                                # of catch_signals
     lock: object                                   # open file: no other run may write output_dir
+    class_weights: torch.Tensor = None             # (K,), in the loss
     epoch: int = 0                                 # finished ones
     step: int = 0                                  # finished ones of this epoch
     epoch_sums: dict = field(default_factory=dict)     # losses, added up over steps and processes
@@ -201,16 +211,17 @@ def finish_epoch(run, interval):
     is_best = False
     if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
         run.interrupt["safe"] = True                                # a signal may end it at once
-        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype)
+        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
+                                   run.task.validation_losses(run))
         run.interrupt["safe"] = False
-        score, line, entries = run.task.report(result)
+        score, entries = run.task.report(run, result, interval.elapsed())    # prints the line
         is_best = score > run.best_score
         run.best_score = max(score, run.best_score)
         record.update(entries)
-        say(run, f"epoch {run.epoch:3d}/{cfg.epochs}  {line}  on {len(run.val_loader.dataset)} "
-                 f"images, {hms(interval.elapsed())} since the start")
         if run.rank == 0:
-            run.task.draw(result, run.val_loader.dataset).save(f"{out}/predictions.jpg")
+            picture = run.task.draw(result, run.val_loader.dataset)
+            with writing(f"{out}/predictions.jpg"):
+                picture.save(f"{out}/predictions.jpg")
     if run.rank == 0:
         append_json(f"{out}/log.txt", record)
     if is_best:
@@ -241,8 +252,7 @@ def forward_backward(run, micro_batches, normalizers, global_step):
             losses["loss"].backward()
 
         for name, value in losses.items():
-            share = 1 if name.startswith("loss") else 1 / len(micro_batches)     # errors are means
-            totals[name] = totals.get(name, 0) + share * value.detach()
+            totals[name] = totals.get(name, 0) + value.detach()
     return totals
 
 
@@ -276,6 +286,7 @@ def train(run):
         sampler.set_epoch(run.epoch, run.step)
         batches, stopping = iter(run.train_loader), False
         run.model.train()
+        freeze(run.raw_model, cfg)                 # what --freeze names stays as in evaluation
         interval.restart()
         while run.step < sampler.steps and not stopping:
             global_step = run.epoch * sampler.steps + run.step
@@ -301,7 +312,7 @@ def train(run):
             interval.add(losses)
 
             # the only place, besides the matching, where the host waits for the device
-            if interval.steps == cfg.log_every or run.step == sampler.steps or stopping or saving:
+            if interval.is_due(run) or stopping or saving:
                 interval.close(run)                                 # checks, prints, steps.txt
             if saving and not stopping and run.step < sampler.steps:
                 save_run(run, keep_previous=True)
@@ -310,8 +321,10 @@ def train(run):
         # a signal may have come since agree()
         if sum_over_processes(torch.tensor(run.interrupt["stop"])) > 0:
             say(run, f"stopped; the same command continues from {cfg.output_dir}/ckpt.pt")
+            say_best(run)
             return run.interrupt["code"]
         finish_epoch(run, interval)
+    say_best(run)
     return 0
 
 
@@ -389,14 +402,14 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
     task = CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION
-    if getattr(model_cfg, "masks", False):
-        task = SEGMENTATION
+    task = SEGMENTATION if getattr(model_cfg, "masks", False) else task
     run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model,
               model=model, optimizer=optimizer, train_loader=train_loader, val_loader=val_loader,
               rank=rank, world=world, device=device, dtype=choose_dtype(cfg, device),
-              interrupt=interrupt, lock=lock)
+              interrupt=interrupt, lock=lock,
+              class_weights=class_weights(cfg.class_weights, train_set))
     if rank == 0:
-        check_output_dir(cfg.output_dir, raw_model)
+        check_output_dir(cfg, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
     continue_run(run, state)
     return run
