@@ -225,7 +225,8 @@ def check_freeze(cfg):
             raise UserError(f"--freeze {cfg.freeze}: {part!r} is no part of {cfg.model}, use some "
                             f"of: {','.join(known)}")
     if set(parts) == set(PARTS):
-        raise UserError(f"--freeze {cfg.freeze} leaves nothing to train, take out a part")
+        raise UserError(f"--freeze {cfg.freeze} leaves nothing to train, take out a part, or "
+                        f"for the mask head alone give --masks --frozen_weights")
 
 
 def freeze(model, cfg):
