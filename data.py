@@ -313,14 +313,14 @@ class CocoDataset(DetectionDataset):
         # labels are indices into `classes`
         ids = dict(zip(arrays["category_names"].tolist(), arrays["category_ids"].tolist()))
         self.classes = list(ids) if classes is None else list(classes)
-        unknown = [name for name in ids if name not in self.classes]
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        unknown = [name for name in ids if name not in label_of]
         if unknown:
             raise UserError(f"{json_path} has categories that the model was not trained on: "
                             f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
         self.missing = [name for name in self.classes if name and name not in ids]
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
-        label_of_category = np.array([self.classes.index(name) for name in ids])
-        self.labels = label_of_category[arrays["categories"]]
+        self.labels = np.array([label_of[name] for name in ids])[arrays["categories"]]
         self.notes = [*describe_boxes(self), *getattr(json_path, "notes", [])]
 
 

@@ -188,6 +188,8 @@ def parse_args(argv):
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if max(args.image_size, args.max_size) > 20_000:
+        parser.error("--image_size and --max_size are at most 20,000 pixels")
     args.attention |= args.heads or args.field or args.points is not None
     return args
 

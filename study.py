@@ -468,7 +468,7 @@ def print_list(names, args):
     paces = [seconds[job.folder] / epochs_of(job) for job in make_jobs(names, args)
              if job.folder in seconds]
     pace = statistics.fmean(paces) if paces else 25
-    source = "the mean of the finished runs" if paces else "as measured on one core of a server"
+    source = "the mean of the finished runs" if paces else "a guess until one is finished"
     print(f"~ is an estimate: {pace:.1f} seconds for an epoch of any run, {source}")
 
     for name in names:
