@@ -144,7 +144,7 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 HELP_GROUPS = {
     "": """model data train_json train_images val_json val_images val_split overfit image_size
         epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
-        resume output_dir num_workers device mixer backbone num_queries""".split(),
+        resume output_dir num_workers device mixer backbone num_queries masks""".split(),
     "model": "network and data", "epochs": "optimizer and schedule",
     "backbone_weights": "weights to start from", "output_dir": "the run",
     "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
