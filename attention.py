@@ -63,11 +63,16 @@ def forward_calls(module):
         yield calls
 
 
+def no_masks(logits, boxes):
+    """For a model with masks: that none of them is computed."""
+    return torch.zeros(2, 0, dtype=torch.int64)
+
+
 def run_and_record(model, pixels, mixer):
     """The (q, k, valid) with which the model calls an AttentionMixer, and its token grid (H, W)."""
     encoder = model.transformer.encoder
     with attend_inputs(mixer) as attend_calls, forward_calls(encoder) as encoder_calls:
-        model(pixels)
+        model(pixels, None, no_masks)
     (*_, grid), _ = encoder_calls[0]
     return attend_calls[0], grid
 
@@ -112,7 +117,7 @@ def effective_field(model, pixels, points, probes=4):
     """
     images = pixels.detach().float().requires_grad_()
     with torch.enable_grad(), forward_calls(model.transformer.encoder) as calls:
-        model(images)
+        model(images, None, no_masks)
     (*_, grid), memory = calls[0]
 
     generator, fields = torch.Generator().manual_seed(0), []

@@ -2,6 +2,7 @@
 
     python bench.py forward --batch_size 1 --height 480 --width 640 --dtype bfloat16
     python bench.py loss --batch_size 8 --objects 20            # matching and loss, no network
+    python bench.py masks --objects 10                          # mask head and its losses
     python bench.py step                                        # a whole optimizer step
     python bench.py step --without folded_norm fused_adamw      # ... with and without these two
     python bench.py step --each --memory                        # ... and without one at a time
@@ -20,6 +21,7 @@ runs in a process of its own, whose CPU seconds (user and system) are counted.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -43,6 +45,7 @@ import data
 import losses
 import matcher
 import resnet
+import segmentation
 import train
 from coco_eval import UserError
 from evaluate import autocast
@@ -50,7 +53,8 @@ from metaformer import METAFORMERS, TokenGroupNorm
 from mixers import MIXERS
 from model import MODELS, Encoder, build_model
 
-DETECTORS = [name for name in MODELS if name not in METAFORMERS]
+DETECTORS = [name for name, cfg in MODELS.items()
+             if name not in METAFORMERS and not cfg.masks]
 
 
 # -- levers: what makes the product fast, each with what it replaces -----------------------------
@@ -245,7 +249,76 @@ def loss_run(args, loss_of):
     return run
 
 
+def mask_size(args):
+    return args.height or 320, args.width or 320
+
+
+def mask_inputs(args):
+    """Random input of the mask head: states (B, Q, C), memory and tokens (B, C, H, W), the maps of
+    strides 4, 8 and 16, all with gradients; targets; and pairs, the first queries to all objects."""
+    cfg, B, (IH, IW) = MODELS[args.model], args.batch_size, mask_size(args)
+    torch.manual_seed(0)
+    shapes = [(B, cfg.num_queries, cfg.hidden_dim)]
+    shapes += [(B, C, math.ceil(IH / stride), math.ceil(IW / stride)) for C, stride in
+               ((cfg.hidden_dim, 32), (cfg.hidden_dim, 32), (256, 4), (512, 8), (1024, 16))]
+    inputs = [torch.randn(shape, device=args.device, requires_grad=True) for shape in shapes]
+    targets = [{"labels": torch.zeros(args.objects, dtype=torch.int64),
+                "masks": torch.rand(args.objects, IH, IW) < 0.3} for _ in range(B)]
+    return inputs, targets, [(torch.arange(args.objects), torch.arange(args.objects))] * B
+
+
+def mask_heads(args):
+    """Our modules, with the same weights each time; the channels of the maps are a ResNet-50's."""
+    torch.manual_seed(1)
+    cfg, backbone = MODELS[args.model], SimpleNamespace(map_channels=[256, 512, 1024])
+    heads = segmentation.MaskAttention(cfg), segmentation.MaskHead(
+        cfg, [SimpleNamespace(body=backbone)])
+    return [head.to(args.device) for head in heads]
+
+
+def mask_run(args):
+    """The masks of the matched queries, their losses and all gradients."""
+    (states, memory, tokens, *maps), targets, pairs = mask_inputs(args)
+    attend, head = mask_heads(args)
+    image = torch.arange(args.batch_size).repeat_interleave(args.objects)
+    chosen = image, torch.arange(args.objects).repeat(args.batch_size)
+
+    def run():
+        memory_tokens, head_tokens = (x.flatten(2).transpose(1, 2) for x in (memory, tokens))
+        attention = attend(states, memory_tokens, None, memory.shape[2:])
+        masks = head(head_tokens, attention, maps, chosen)
+        wanted = segmentation.matched_masks(pairs, targets, mask_size(args))
+        terms = segmentation.mask_losses(masks, wanted.to(args.device), len(image))
+        loss = terms["loss_mask"] + terms["loss_dice"]
+        loss.backward()
+        return loss.detach()
+    return run
+
+
+def official_mask_run(args):
+    """The same by the official code, which computes the masks of all queries."""
+    (states, memory, tokens, *maps), targets, pairs = mask_inputs(args)
+    official, C = import_official(args.official, "models.segmentation"), states.shape[2]
+    attend = official.MHAttentionMap(C, C, MODELS[args.model].nheads, dropout=0.0)
+    head = official.MaskHeadSmallConv(C + MODELS[args.model].nheads, [1024, 512, 256], C)
+    for theirs, ours in zip((attend, head), mask_heads(args)):
+        theirs.to(args.device).load_state_dict(ours.state_dict())
+    criterion = import_official(args.official, "models.detr").SetCriterion(1, None, {}, 0.1, [])
+
+    def run():
+        masks = head(tokens, attend(states, memory), maps[::-1])               # (B * Q, 1, H4, W4)
+        masks = masks[:, 0].unflatten(0, states.shape[:2])
+        objects = args.batch_size * args.objects
+        terms = criterion.loss_masks({"pred_masks": masks}, targets, pairs, objects)
+        loss = terms["loss_mask"] + terms["loss_dice"]
+        loss.backward()
+        return loss.detach()
+    return run
+
+
 def make_run(args, compiled=False):
+    if args.mode == "masks":
+        return mask_run(args)
     if args.mode == "loss":
         return loss_run(args, lambda *tensors: losses.set_loss(*tensors)["loss"])
     model = make_model(args).train(args.mode == "step")
@@ -257,7 +330,7 @@ def make_run(args, compiled=False):
     @torch.inference_mode()
     def run():
         with autocast(args.device, getattr(torch, args.dtype)):
-            logits, boxes = network(*data.to_device(images, valid, args.device))
+            _, boxes, *_ = network(*data.to_device(images, valid, args.device))
         return boxes[-1]
     return run
 
@@ -291,9 +364,11 @@ def import_official(folder, name):
 
 
 def official_run(args):
+    if args.mode == "masks":
+        return official_mask_run(args)
     cfg, dtype = MODELS[args.model], getattr(torch, args.dtype)
     options = SimpleNamespace(**asdict(cfg), **asdict(losses.LossConfig()), lr_backbone=1e-5,
-                              masks=False, dataset_file="coco", device=args.device)
+                              dataset_file="coco", device=args.device)
     network, criterion, _ = import_official(args.official, "models").build_model(options)
 
     def total_loss(logits, boxes, targets):                 # of all layers, the last one last
@@ -646,8 +721,9 @@ def bench_sizes(args):
 
 # -- command line --------------------------------------------------------------------------------
 
-MODES = {"forward": bench_model, "loss": bench_model, "step": bench_model, "loader": bench_loader,
-         "mixers": bench_mixers, "evaluator": bench_evaluator, "sizes": bench_sizes}
+MODES = {"forward": bench_model, "loss": bench_model, "masks": bench_model, "step": bench_model,
+         "loader": bench_loader, "mixers": bench_mixers, "evaluator": bench_evaluator,
+         "sizes": bench_sizes}
 
 
 def options():

@@ -172,7 +172,20 @@ def read_instances(path):
     def drop_mask(record):
         record.pop("segmentation", None)
         return record
-    return read_json(path, "a COCO instances file", drop_mask)
+    return as_instances(read_json(path, "a COCO instances file", drop_mask))
+
+
+def as_instances(data):
+    """A COCO panoptic dict, in which an annotation lists all segments of an image, as an instances
+    dict; any other as it is."""
+    records = data.get("annotations") if isinstance(data, dict) else None
+    if not isinstance(records, list) or not records or not all(
+            isinstance(r, dict) and isinstance(r.get("segments_info"), list) for r in records):
+        return data
+    # the id of a segment is its colour, which other images have, too
+    segments = [{**s, "id": f"{r.get('image_id')} {s.get('id')}", "image_id": r.get("image_id")}
+                if isinstance(s, dict) else s for r in records for s in r["segments_info"]]
+    return {**data, "annotations": segments}
 
 
 def check_coco(data, path="annotations", image_dir=None):
@@ -252,9 +265,10 @@ def save_arrays(path, arrays):
             os.remove(f"{path}.tmp")
 
 
-def cached_arrays(path, read, stamp=""):
+def cached_arrays(path, read, stamp="", what="boxes"):
     """The dict of arrays that read() gives for an annotation file; large files are read only once.
-    stamp: what changes with the contents, where path is the name of something else.
+    stamp: what changes with the contents, where path is the name of something else; what: of the
+    contents, of which each has a cache of its own.
 
     One process reads, and writes the arrays to a cache, while the others on the machine wait; they
     and all later runs map the cache, until the file changes. The cache is metaformer_detr_<user id>
@@ -267,7 +281,7 @@ def cached_arrays(path, read, stamp=""):
     if not stamp:
         stat = os.stat(path)
         stamp = f"{stat.st_size} {stat.st_mtime_ns}"
-    key = f"{CACHE_FORMAT} {os.path.realpath(path)} {stamp}"
+    key = f"{CACHE_FORMAT} {what} {os.path.realpath(path)} {stamp}"
     name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
     try:
         folder = os.path.join(tempfile.gettempdir(), f"metaformer_detr_{os.getuid()}")

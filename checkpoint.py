@@ -42,7 +42,22 @@ COCO_CLASSES = (
     "couch,potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,"
     "microwave,oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
     "toothbrush").split(",")
+# the same of the panoptic files, which have 250 outputs, from id 92 on: no things, but stuff
+COCO_STUFF = {
+    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain",
+    112: "door-stuff", 118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house",
+    130: "light", 133: "mirror-stuff", 138: "net", 141: "pillow", 144: "platform",
+    145: "playingfield", 147: "railroad", 148: "river", 149: "road", 151: "roof", 154: "sand",
+    155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
+    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other",
+    180: "window-blind", 181: "window-other", 184: "tree-merged", 185: "fence-merged",
+    186: "ceiling-merged", 187: "sky-other-merged", 188: "cabinet-merged", 189: "table-merged",
+    190: "floor-other-merged", 191: "pavement-merged", 192: "mountain-merged", 193: "grass-merged",
+    194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
+    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged"}
 
+
+MASK_PARTS = "bbox_attention.", "mask_head."        # the tensors that ModelConfig.masks adds
 
 # -- weights -------------------------------------------------------------------------------------
 
@@ -73,10 +88,20 @@ def read_checkpoint(path):
                         f"({type(error).__name__})") from None
 
 
+def official_classes(K):
+    """The names of the K outputs of an official DETR's file, by category id."""
+    if K == len(COCO_CLASSES):
+        return list(COCO_CLASSES)
+    if K == 250:
+        return [*COCO_CLASSES, *(COCO_STUFF.get(k, "") for k in range(len(COCO_CLASSES), K))]
+    return [f"class {k}" for k in range(K)]
+
+
 def official_fields(path, state, dilation):
     """The fields of the ModelConfig of an official DETR's file, from its tensors' names and shapes;
     DC5 from the file's name or `dilation`."""
     weights = state.get("model", state) if isinstance(state, dict) else {}
+    weights = {k.removeprefix("detr."): v for k, v in weights.items()}
     dims = {"class_embed.bias": 1, "query_embed.weight": 2,
             "transformer.decoder.layers.0.linear1.weight": 2}
     if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
@@ -99,7 +124,7 @@ def official_fields(path, state, dilation):
         dec_layers=count("transformer.decoder.layers."),
         pre_norm="transformer.encoder.norm.weight" in weights,
         num_queries=len(weights["query_embed.weight"]),
-        num_classes=len(weights["class_embed.bias"]) - 1)
+        num_classes=len(weights["class_embed.bias"]) - 1, masks="mask_head.lay1.weight" in weights)
 
 
 def rename_official_keys(state):
@@ -162,9 +187,9 @@ def load_weights(model, source, strict=True):
     source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
     PoolFormer, MetaFormer-baselines or DeiT file (all go into the whole model), or a classifier for
     a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one.
-    strict=False, for fine-tuning, lets the class head and the mixers differ, which then stay as
-    initialised. Returns one line for each tensor that was not taken from or not found in the file.
-    Raises UserError that names the tensors that do not fit.
+    strict=False, for fine-tuning, lets the class head, the mask head and the mixers differ, which
+    then stay as initialised. Returns one line for each tensor that was not taken from or not found
+    in the file. Raises UserError that names the tensors that do not fit.
     """
     from_file = isinstance(source, (str, os.PathLike))
     name = str(source) if from_file else "the state dict"
@@ -176,7 +201,7 @@ def load_weights(model, source, strict=True):
         raise UserError(f'{name} holds no weights: a state dict, or one under "model", is expected')
 
     # which part of the model the file is for, and in which names
-    target = model
+    target, state = model, {k.removeprefix("detr."): v for k, v in state.items()}
     if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
         target = model.backbone[0].body                             # a classifier's
     if isinstance(target, MetaFormer):
@@ -202,7 +227,7 @@ def load_weights(model, source, strict=True):
                     f"model, newly initialised")
             by_design = False
         by_design |= key.endswith("num_batches_tracked")
-        may_differ = not strict and (key.startswith(("class_embed.", "head."))
+        may_differ = not strict and (key.startswith(("class_embed.", "head.", *MASK_PARTS))
                                      or ".self_attn." in key or ".token_mixer." in key
                                      or key.endswith(".mixer_scale"))
         (report if by_design or may_differ else faults).append(line)
@@ -382,6 +407,7 @@ def save_run(run, name="ckpt.pt", keep_previous=False):
         state = dict(
             format=2, **config_dicts(run.model_cfg, run.loss_cfg, cfg), paths=paths,
             classes=dataset.classes, category_ids=getattr(dataset, "category_ids", None),
+            things=getattr(dataset, "things", None),               # of panoptic data
             epoch=run.epoch, step=run.step, sums=run.epoch_sums, best_score=run.best_score,
             model=run.raw_model.state_dict(), optimizer=run.optimizer.state_dict())
         save_checkpoint(os.path.join(cfg.output_dir, name), state,

@@ -58,6 +58,7 @@ class TrainConfig:
     warmup_epochs: Annotated[int, "epochs of linear warm-up, instead", 0] = 0
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
     finetune: Annotated[str, "start from the weights of this checkpoint, as far as they fit"] = ""
+    frozen_weights: Annotated[str, "trains the mask head alone on this model's detector"] = ""
     freeze: Annotated[str, "parts to keep as they are: backbone,encoder,decoder,heads"] = ""
     class_weights: Annotated[str, "of the loss: balanced, or a JSON file {class: weight}"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
@@ -83,6 +84,9 @@ class TrainConfig:
         if self.val_split > 1:
             raise UserError(f"--val_split {self.val_split:g} is a share of the images, 0.1 say")
         check_freeze(self)
+        if self.frozen_weights and (self.finetune or self.freeze):
+            raise UserError("--frozen_weights says what to start from and what stays frozen: give "
+                            "it without --finetune and --freeze")
         most = dict(max_size=20_000, num_workers=1_000, train_shapes=10**7, val_shapes=10**7)
         for name, limit in most.items():
             if getattr(self, name) > limit:
@@ -132,7 +136,7 @@ PRESETS = {
 }
 # options of TrainConfig that mean nothing to a classifier
 DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
-                         "backbone_weights"}
+                         "backbone_weights", "frozen_weights"}
 OVERFIT_REPEATS = 100                              # passes over the N images in an epoch
 
 
@@ -140,7 +144,7 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 HELP_GROUPS = {
     "": """model data train_json train_images val_json val_images val_split overfit image_size
         epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
-        resume output_dir num_workers device mixer backbone num_queries""".split(),
+        resume output_dir num_workers device mixer backbone num_queries masks""".split(),
     "model": "network and data", "epochs": "optimizer and schedule",
     "backbone_weights": "weights to start from", "output_dir": "the run",
     "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
@@ -239,12 +243,14 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
                         cfg.schedule == "cosine" and cfg.min_lr <= cfg.lr),
              "backbone_norm": ("a ResNet as --backbone", resnet),
              "backbone_stage": ("a MetaFormer as --backbone", not resnet),
-             "backbone_weights": ("no --finetune", not cfg.finetune or
-                                  cfg.backbone_weights == "none"),
+             "backbone_weights": ("no --finetune and no --frozen_weights", not (
+                 cfg.finetune or cfg.frozen_weights) or cfg.backbone_weights == "none"),
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),
-             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes")}
+             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes"),
+             **{name: ("--masks", getattr(model_cfg, "masks", False))
+                for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()
             if name in given and not met]
     if idle:

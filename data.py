@@ -171,6 +171,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.source = ""                           # the annotations, as messages call them
         self.notes = []                            # lines that a run prints at its start
         self.missing = []                          # classes that the annotations lack
+        self.masks = None                          # of segmentation.py, with --masks
 
     def __len__(self):
         return len(self.image_ids)
@@ -195,13 +196,16 @@ class DetectionDataset(torch.utils.data.Dataset):
         whwh = self.sizes[images][..., [1, 0, 1, 0]]
         return boxes.clip(0, whwh.astype(np.float32))
 
-    def objects(self, i):
-        """Boxes (T, 4) float32 xyxy in pixels and labels (T,) of image i to train on: clipped to
-        the image, without crowds, without boxes that have no area after clipping."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
+    def trained_rows(self, i):
+        """The rows (T,) of image i to train on: no crowds, no boxes without area after clipping."""
+        rows = np.arange(self.offsets[i], self.offsets[i + 1])
         boxes = self.clipped(rows, i)
-        use = ~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        return boxes[use], self.labels[rows][use]
+        return rows[~self.crowd[rows] & (boxes[:, 2:] > boxes[:, :2]).all(1)]
+
+    def objects(self, i):
+        """Clipped boxes (T, 4) float32 xyxy in pixels and labels (T,) of trained_rows."""
+        rows = self.trained_rows(i)
+        return self.clipped(rows, i), self.labels[rows]
 
     def path(self, i):
         return os.path.join(self.image_dir, os.fsdecode(self.files[i]))
@@ -213,13 +217,15 @@ class DetectionDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """Image uint8 (3, H, W) and target; key is an index or (epoch, index)."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        plan = self.plan(epoch, i)
-        image, boxes, labels = apply_plan(self.read(i), *self.objects(i), plan)
+        plan, rows = self.plan(epoch, i), self.trained_rows(i)
+        image, boxes, rows = apply_plan(self.read(i), self.clipped(rows, i), rows, plan)
 
         h, w = plan.size                                             # boxes to cxcywh in [0, 1]
         boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / torch.tensor([w, h, w, h])
-        target = {"labels": torch.from_numpy(labels), "boxes": boxes, "index": i,
+        target = {"labels": torch.from_numpy(self.labels[rows]), "boxes": boxes, "index": i,
                   "orig_size": tuple(self.sizes[i].tolist())}
+        if self.masks:
+            target["masks"] = self.masks.of_plan(i, rows, plan)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), target         # (3, H, W)
 
     def columns(self):
@@ -294,7 +300,7 @@ class CocoDataset(DetectionDataset):
     def __init__(self, json_path, image_dir, image_size=800, max_size=1333, augment=False, seed=42,
                  classes=None):
         super().__init__(image_size, max_size, augment, seed)
-        self.source, self.image_dir = str(json_path), str(image_dir)
+        self.json_path, self.source, self.image_dir = json_path, str(json_path), str(image_dir)
         self.format_name = getattr(json_path, "format_name", "COCO")
 
         # a large file is read once, then mapped from a cache; the images are looked for each time
@@ -509,12 +515,12 @@ class EvalSampler(list):
 
 # -- which data set ------------------------------------------------------------------------------
 
-def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
+def build_dataset(cfg, split, classes=None, crop_fraction=0.9, masks=False):
     """The data set of a run's options: the one place that decides which it is.
 
     cfg: a TrainConfig; split: "train" or "val", with --overfit both of the same N training images;
     classes: their names in the order of the labels, None: the data set's own; crop_fraction: of a
-    classifier's centre crop.
+    classifier's centre crop; masks: of a detector, whether they are read, too.
     """
     augment = cfg.augment and split == "train"
     source = "train" if cfg.overfit else split
@@ -530,6 +536,9 @@ def build_dataset(cfg, split, classes=None, crop_fraction=0.9):
         options = source, n, cfg.image_size, augment, cfg.seed
         dataset = (ShapesDataset(*options, cfg.scenes) if cfg.kind == "shapes" else
                    ShapesClassification(*options))
+    if masks:
+        from segmentation import add_masks         # here, as that file imports this one
+        add_masks(dataset)
     return dataset.keep_only(cfg.overfit) if cfg.overfit else dataset
 
 

@@ -30,7 +30,7 @@ from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_co
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (COCO_CLASSES, check_located, config_of, load_weights, located_data,
+from checkpoint import (check_located, config_of, load_weights, located_data, official_classes,
                         official_fields, read_checkpoint, read_run)
 from options import nearest
 from formats import evaluated_share
@@ -63,7 +63,7 @@ def check_finite(detections, image):
 
 def detection_rows(outputs, targets, dataset):
     """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
-    logits, boxes = outputs                                         # of all decoder layers
+    logits, boxes, *_ = outputs                                     # of all decoder layers
     rows = []
     found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
     for target, d in zip(targets, found):
@@ -78,8 +78,8 @@ def detection_rows(outputs, targets, dataset):
 
 def layer_rows(outputs, targets, dataset):
     """detection_rows after every decoder layer, the first layer first."""
-    rows = [detection_rows([x[None] for x in layer], targets, dataset) for layer in zip(*outputs)]
-    return torch.cat(rows)
+    return torch.cat([detection_rows([x[None] for x in layer], targets, dataset)
+                      for layer in zip(*outputs[:2])])
 
 
 # -- evaluation on one process or many -----------------------------------------------------------
@@ -142,18 +142,21 @@ def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
     return rows[rows[:, 0].argsort(stable=True)], total
 
 
-def evaluate(model, loader, device, dtype=torch.float32, losses_of=None):
+def evaluate(model, loader, device, dtype=torch.float32, losses_of=None, rows_of=detection_rows):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. losses_of: see collect_rows. Returns evaluate_columns' dict, and in
-    it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and "category_ids". For
-    a classifier: evaluate_classifier.
+    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns evaluate_columns'
+    dict, and in it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and
+    "category_ids". For a classifier: evaluate_classifier; with masks also what evaluate_masks adds.
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype, losses_of)
+    if model.cfg.masks and rows_of is detection_rows:
+        from segmentation import evaluate_masks    # here, as that file imports this one
+        return evaluate_masks(model, loader, device, dtype, losses_of)
     dataset = loader.dataset
-    rows, losses = collect_rows(model, loader, device, dtype, detection_rows, losses_of)
+    rows, losses = collect_rows(model, loader, device, dtype, rows_of, losses_of)
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
@@ -168,12 +171,14 @@ def evaluate_classifier(model, loader, device, dtype=torch.float32, losses_of=No
     return {**class_accuracy(rows, loader.dataset), "losses": losses}
 
 
-def coco_results(rows, dataset):
-    """Detections (D, 7) as a list of dicts in COCO's results format, with the original ids."""
+def coco_results(rows, dataset, masks=None):
+    """Detections (D, 7) as a list of dicts in COCO's results format, with the original ids; masks:
+    of each detection a dict with its "segmentation"."""
     image_ids = dataset.image_ids.tolist()
     return [{"image_id": image_ids[int(i)], "category_id": dataset.category_ids[int(k)],
-             "bbox": [round(v, 3) for v in box], "score": score}
-            for i, k, score, *box in rows.tolist() if dataset.category_ids[int(k)] is not None]
+             "bbox": [round(v, 3) for v in box], "score": score, **mask}
+            for (i, k, score, *box), mask in zip(rows.tolist(), masks or [{}] * len(rows))
+            if dataset.category_ids[int(k)] is not None]
 
 
 # -- python evaluate.py --------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def coco_results(rows, dataset):
 def load_model(path, name="", dilation=False):
     """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
     one that was never used; None for an official classifier), "category_ids", "train" (options it
-    was trained with, {} for official files).
+    was trained with, {} for official files), "things" (bool by class, of panoptic data).
 
     Official files do not store their configuration. A classifier's name in MODELS must be given; a
     DETR's layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
@@ -198,7 +203,7 @@ def load_model(path, name="", dilation=False):
         check_size(model_cfg)
         model = build_model(model_cfg)
         info = {"classes": state["classes"], "category_ids": state["category_ids"],
-                "train": located_data(state)}
+                "train": located_data(state), "things": state.get("things")}
     elif name:                                                       # an official classifier
         if name not in METAFORMERS:
             raise UserError(f"--model {name} is no classifier such as poolformer_s12; "
@@ -207,8 +212,7 @@ def load_model(path, name="", dilation=False):
     else:                                                            # an official DETR
         model = build_model(ModelConfig(**official_fields(path, state, dilation)))
         K = model.cfg.num_classes
-        names = COCO_CLASSES if K == len(COCO_CLASSES) else [f"class {k}" for k in range(K)]
-        info = {"classes": list(names), "category_ids": list(range(K)), "train": {}}
+        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {}}
     load_weights(model, state)
     return model.to(memory_format=torch.channels_last), info
 
@@ -249,7 +253,8 @@ def evaluation_set(args, model, info):
     cfg = TrainConfig(**dict(options, max_size=max(options["max_size"], options["image_size"])))
     if not classifier:
         check_grid(model.cfg, cfg)
-    dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0))
+    dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0),
+                            getattr(model.cfg, "masks", False))
     if len(dataset.classes) != model.cfg.num_classes:
         raise UserError(f"{args.data} has {len(dataset.classes)} class folders, the model "
                         f"{model.cfg.num_classes} classes: all must be there, in the order of its "
@@ -307,21 +312,24 @@ def main(argv=None):
                         num_workers=args.num_workers, collate_fn=collate)
     model, layers = model.to(check_device(args.device)), []
     try:
-        if args.layers:                                              # of all layers in one pass
+        if args.layers:                              # of all layers in one pass, masks in another
             rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
             layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
-        result = layers[-1] if layers else evaluate(model, loader, args.device)
+        result = layers[-1] if layers and not c.masks else evaluate(model, loader, args.device)
     except UserError as error:
         raise type(error)(f"{args.checkpoint}: {error}") from None
     more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
         with writing(args.save_json), open(args.save_json, "w") as file:
-            json.dump(coco_results(result["rows"], dataset), file)
+            json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
+    table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
+    print(table, *text, sep="\n\n")
+    if "segm" in result:
+        from segmentation import print_masks
+        more |= print_masks(result)
     if args.json:
         with writing(args.json), open(args.json, "w") as file:
             json.dump(accuracy_json(result) if classifier else result_json(result) | more, file)
-    table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
-    print(table, *text, sep="\n\n")
     for what, path in (("detections", args.save_json), ("numbers and curves", args.json)):
         if path:
             print(f"{what}: {path}")

@@ -3,6 +3,7 @@ which parts stay frozen, and the weights of the classes in the loss.
 
     python train.py --data DIR --finetune detr-r50-e632da11.pth --freeze backbone,encoder
     python train.py --data DIR --finetune out/a/ckpt.pt --num_queries 50 --class_weights balanced
+    python train.py --data DIR --masks --frozen_weights out/a/ckpt.pt      # trains the masks alone
 """
 
 from dataclasses import asdict
@@ -10,10 +11,10 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from coco_eval import UserError, read_json
+from coco_eval import UserError, UserFileError, read_json
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
-from checkpoint import (COCO_CLASSES, config_of, load_backbone, load_weights, official_fields,
-                        read_checkpoint, upgraded)
+from checkpoint import (MASK_PARTS, config_of, load_backbone, load_weights, official_classes,
+                        official_fields, read_checkpoint, read_run, upgraded)
 from model import ModelConfig
 
 
@@ -46,8 +47,8 @@ def file_options(path, file):
         options = official_fields(path, file, False)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return {}, None
-    official = options["num_classes"] == len(COCO_CLASSES)
-    return options, list(COCO_CLASSES) if official else None
+    classes = official_classes(options["num_classes"])
+    return options, None if "class 0" in classes else classes
 
 
 def check_fits(path, options, model):
@@ -145,7 +146,8 @@ def load_finetune(model, path, classes):
     lines, both_detect = [], hasattr(model, "query_embed") and "num_queries" in options
     try:
         if options and (both_detect or isinstance(model, MetaFormer)):
-            own, state = model.state_dict(), dict(file.get("model", file))
+            own, state = model.state_dict(), file.get("model", file)
+            state = {key.removeprefix("detr."): value for key, value in state.items()}
             lines = [*keep_queries(own, state), *keep_classes(own, state, classes, their_classes),
                      *keep_positions(own, state)]
             file = {**file, "model": state} if "model" in file else state
@@ -163,8 +165,8 @@ def load_finetune(model, path, classes):
 
 
 def first_weights(model, cfg, state, classes):
-    """Gives the model the weights to start from: of a checkpoint's state, --finetune or
-    --backbone_weights. Returns lines for the banner."""
+    """Gives the model the weights to start from: of a checkpoint's state, --finetune,
+    --frozen_weights or --backbone_weights. Returns lines for the banner."""
     if state:
         if state["classes"] != classes:
             raise UserError(f"the classes of the checkpoint are {state['classes'][:20]}, those of "
@@ -173,6 +175,8 @@ def first_weights(model, cfg, state, classes):
         return []
     if cfg.finetune:
         return load_finetune(model, cfg.finetune, classes)
+    if cfg.frozen_weights:
+        return load_frozen(model, cfg.frozen_weights)
     if cfg.backbone_weights == "none":
         return []
     report = load_backbone(model, cfg.backbone_weights)
@@ -181,6 +185,31 @@ def first_weights(model, cfg, state, classes):
 
 
 # -- frozen parts --------------------------------------------------------------------------------
+
+def load_frozen(model, path):
+    """Gives a model with masks the same detector's weights of a checkpoint, a path or URL. Returns
+    lines for the banner; raises UserError."""
+    report = load_weights(model, path, strict=False)
+    differ = [line for line in report if not line.startswith(MASK_PARTS)]
+    if differ:
+        raise UserError(f"--frozen_weights {path} is of another detector than this run's:\n"
+                        + "\n".join(differ[:20]))
+    first = f"weights  {path}, frozen but for the mask head"
+    return [first, *(f"         {line}" for line in report or ["all taken"])]
+
+
+def frozen_classes(cfg):
+    """The classes of the detector of --frozen_weights, by its outputs; None without one."""
+    if not cfg.frozen_weights:
+        return None
+    try:
+        state = read_checkpoint(cfg.frozen_weights)
+    except UserFileError:                          # a run that continues does not need it
+        return None
+    if "model_config" in state:
+        return read_run(cfg.frozen_weights, state)["classes"]
+    return official_classes(official_fields(cfg.frozen_weights, state, False)["num_classes"])
+
 
 # --freeze: the modules of each part of a DETR
 PARTS = {"backbone": ("backbone",), "encoder": ("input_proj", "transformer.encoder"),
@@ -196,12 +225,18 @@ def check_freeze(cfg):
             raise UserError(f"--freeze {cfg.freeze}: {part!r} is no part of {cfg.model}, use some "
                             f"of: {','.join(known)}")
     if set(parts) == set(PARTS):
-        raise UserError(f"--freeze {cfg.freeze} leaves nothing to train, take out a part")
+        raise UserError(f"--freeze {cfg.freeze} leaves nothing to train, take out a part, or "
+                        f"for the mask head alone give --masks --frozen_weights")
 
 
 def freeze(model, cfg):
-    """Freezes the parts of --freeze: without gradients, without dropout, and their norms with the
+    """Freezes the parts of --freeze, with --frozen_weights all but the mask head: without
+    gradients, without dropout (which the official code leaves on), and their norms with the
     statistics that they have. Of a classifier "backbone" is all but the head."""
+    if cfg.frozen_weights:
+        for name, module in model.named_children():
+            if f"{name}." not in MASK_PARTS:
+                module.requires_grad_(False).eval()
     for part in cfg.freeze.split(",") if cfg.freeze else []:
         if isinstance(model, MetaFormer):
             head = set(model.head.parameters())

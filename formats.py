@@ -180,12 +180,13 @@ def background_note(without, total, what):
 
 # -- COCO ----------------------------------------------------------------------------------------
 
-def coco_splits(root):
-    """{split: Labels} of a folder laid out like COCO, {} for another."""
+def coco_splits(root, kind="instances"):
+    """{split: Labels} of a folder laid out like COCO, {} for another. kind: "instances" or
+    "panoptic", the files of annotations."""
     folder, found = os.path.join(root, "annotations"), {}
     for split in SPLIT_NAMES:
         for year in ("2017", ""):
-            path = os.path.join(folder, f"instances_{split}{year}.json")
+            path = os.path.join(folder, f"{kind}_{split}{year}.json")
             images = [os.path.join(root, name) for name in (
                 f"{split}{year}", f"images/{split}{year}", split, f"images/{split}")]
             there = [i for i in images if os.path.isdir(i)]
@@ -193,7 +194,7 @@ def coco_splits(root):
                 found[split] = Labels("COCO", path, (there or images)[0])
     if not found and os.path.isdir(folder) and not files_below(folder, ".xml", False):
         for split in SPLIT_NAMES:                  # what is missing is told when it is read
-            path = os.path.join(folder, f"instances_{split}2017.json")
+            path = os.path.join(folder, f"{kind}_{split}2017.json")
             found[split] = Labels("COCO", path, os.path.join(root, f"{split}2017"))
     return found
 
@@ -665,9 +666,14 @@ def data_paths(cfg, split):
     share = getattr(cfg, "val_split", 0.0)
     if not cfg.data and not 0 < share < 1:
         return getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
-    splits, where = find_splits(cfg.data), cfg.data
+    panoptic, where = cfg.data and cfg.model.endswith("_panoptic"), cfg.data
+    splits = coco_splits(cfg.data, "panoptic") if panoptic else find_splits(cfg.data)
     if not cfg.data:
         splits, where = {"train": Labels("COCO", cfg.train_json, cfg.train_images)}, cfg.train_json
+    if not splits and panoptic:
+        raise UserFileError(f"--data {cfg.data} should hold annotations/panoptic_train2017.json "
+                            f"and panoptic_val2017.json, beside each the folder of its PNG files, "
+                            f"train2017/ and val2017/")
     if not splits:
         raise UserFileError(unknown_folder(cfg.data))
     if 0 < share < 1 and len(splits) == 2:

@@ -110,11 +110,28 @@ def draw_boxes(image, boxes_xyxy, names, scores=None, colors=None):
             draw.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], outline="black")
             draw.rectangle([x1, y1, x2, y2], outline="white")
             continue
-        color = f"hsl({zlib.crc32(names[i].encode()) % 360}, 90%, 40%)"  # a class keeps its colour
-        color = color if colors is None else colors[i]
+        color = class_color(names[i]) if colors is None else colors[i]
         draw.rectangle([x1, y1, x2, y2], outline=color, width=line)
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
         draw_label(draw, (x1, y1), text, color, letters)
+    return image
+
+
+def class_color(name):
+    """A colour that a class keeps, for Pillow."""
+    return f"hsl({zlib.crc32(name.encode()) % 360}, 90%, 40%)"
+
+
+def draw_masks(image, masks, names):
+    """A copy of the PIL image with masks, bool (T, h, w), in the colours of their classes, the last
+    one on top, each with an outline."""
+    image = image.copy()
+    for mask, name in zip(masks, names):
+        mask = np.asarray(mask)
+        inner = np.pad(mask, 1)
+        inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        opacity = np.where(mask & ~inner, 230, 110 * mask).astype(np.uint8)
+        image.paste(class_color(name), mask=Image.fromarray(opacity))
     return image
 
 

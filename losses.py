@@ -18,7 +18,7 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-LOSS_TERMS = "ce", "bbox", "giou"       # classification, L1 distance and generalised IoU of boxes
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice"    # classes, boxes; the last two with --masks
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LossConfig:
     ce_loss_coef: Annotated[float, "loss: weight of the classification", 0] = 1.0
     bbox_loss_coef: Annotated[float, "loss: weight of the L1 distance of the boxes", 0] = 5.0
     giou_loss_coef: Annotated[float, "loss: weight of the generalised IoU", 0] = 2.0
+    mask_loss_coef: Annotated[float, "loss: weight of the focal loss of the masks", 0] = 1.0
+    dice_loss_coef: Annotated[float, "loss: weight of the dice loss of the masks", 0] = 1.0
     eos_coef: Annotated[float, "weight of the no-object class among the classes", 0] = 0.1
     aux_loss: Annotated[bool, "add the loss of every decoder layer, not of the last alone"] = True
 
@@ -73,13 +75,15 @@ def by_layer(name, values):
     return {name: values[-1], **named}
 
 
-def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_weights=None):
+def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_weights=None,
+             pairs=None):
     """The losses of a batch, each a 0-dim tensor, by the official names.
 
     logits (L, B, Q, K+1); boxes (L, B, Q, 4) cxcywh in [0, 1], the last layer last; targets: list
     of B dicts with "labels" (T,) int64 and "boxes" (T, 4). normalizers: loss_normalizers of the
     whole step, divided by the number of processes, because DDP averages their gradients; None: of
     these targets. class_weights (K,): of the classes in loss_ce, 1 on average; None: 1 each.
+    pairs: of match, if it is done already.
 
     Returns "loss", the weighted total; "loss_ce", "loss_bbox", "loss_giou" of the last layer,
     "class_error" (percent of the matched queries with a wrong class; 100 if no query is matched)
@@ -97,7 +101,8 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_w
         normalizers = loss_normalizers(targets, Q)
     objects, matched, images = normalizers.tolist()
 
-    pairs = match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox, cfg.set_cost_giou)
+    pairs = pairs or match(logits, boxes, targets, cfg.set_cost_class, cfg.set_cost_bbox,
+                           cfg.set_cost_giou)
     index, labels, target_boxes = gather_pairs(pairs, targets, device)
 
     # classes: every query without an object should say "no object", class K.

@@ -417,13 +417,18 @@ class MetaFormerBackbone(MetaFormer):
     """Backbone of a DETR: the MetaFormer that a ModelConfig names, up to its backbone_stage."""
 
     def __init__(self, cfg):
-        super().__init__(replace(METAFORMERS[cfg.backbone], out_stages=str(cfg.backbone_stage),
+        first = 1 if cfg.masks else cfg.backbone_stage
+        stages = [str(number) for number in range(first, cfg.backbone_stage + 1)]
+        super().__init__(replace(METAFORMERS[cfg.backbone], out_stages=",".join(stages),
                                  drop_path=0.0))
         self.stride = 2 ** (cfg.backbone_stage + 1)
+        self.map_channels = [self.cfg.stages[int(number) - 1][1] for number in stages[:-1]]
 
     def forward(self, x, valid):
-        """The map (B, C, H, W) of normalised images (B, 3, IH, IW), and its valid or None."""
-        return self.stage_maps(x, valid)[-1]
+        """The map (B, C, H, W) of normalised images (B, 3, IH, IW), and its valid or None; with
+        cfg.masks also the maps of the stages before, finest first."""
+        *before, last = self.stage_maps(x, valid)
+        return *last, *(x for x, _ in before)
 
 
 # -- the table of models -------------------------------------------------------------------------

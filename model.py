@@ -59,6 +59,7 @@ class ModelConfig:
     num_queries: Annotated[int, "queries Q, an upper bound of the objects in an image", 1] = 100
     pre_norm: Annotated[bool, "normalise before each block instead of after it"] = False
     num_classes: Annotated[int, "classes K without no-object; data sets set it", 1] = 91
+    masks: Annotated[bool, "predict masks, too: see segmentation.py"] = False
 
     def __post_init__(self):
         check_options(self)
@@ -237,7 +238,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder: tokens (B, N, C) to query states (L, B, Q, C)."""
+    """Encoder and decoder: tokens (B, N, C) to query states (L, B, Q, C) and memory (B, N, C)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -254,7 +255,7 @@ class Transformer(nn.Module):
         else:
             memory = self.encoder(x, pos, valid, grid)
         # either way the cross-attention adds pos to its keys, and query_pos goes to every layer
-        return self.decoder(query_pos, memory, pos, valid)
+        return self.decoder(query_pos, memory, pos, valid), memory
 
 
 # -- the detector --------------------------------------------------------------------------------
@@ -297,17 +298,22 @@ class DETR(nn.Module):
         self.backbone = nn.Sequential(Backbone(cfg), position(cfg))  # names backbone.0, backbone.1
         self.input_proj = nn.Conv2d(self.backbone[0].body.num_channels, C, 1)
         self.normalise = Normalise()
+        if cfg.masks:
+            from segmentation import MaskAttention, MaskHead        # here, as it imports this file
+            self.bbox_attention, self.mask_head = MaskAttention(cfg), MaskHead(cfg, self.backbone)
 
-    def forward(self, images, valid=None):
+    def forward(self, images, valid=None, wanted=None):
         """Predictions of every decoder layer, the last one last.
 
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Returns logits (L, B, Q, K+1), of which the last class is "no object", and
-        boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32.
+        boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32. With
+        cfg.masks also mask logits of the last layer (B, Q, H4, W4), a quarter of the images' size;
+        or (M, H4, W4) of those M that wanted(logits, boxes) gives: (image, query), each (M,).
         """
         # the image as a grid of tokens
         backbone, position = self.backbone
-        x, valid = backbone(self.normalise(images, valid), valid)
+        x, valid, *maps = backbone(self.normalise(images, valid), valid)
         x = self.input_proj(x)                                                   # (B, C, H, W)
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
@@ -319,10 +325,14 @@ class DETR(nn.Module):
             pos = position(valid)                                                # (B, N, C)
             valid = valid.flatten(1)                                             # (B, N)
 
-        states = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
+        states, memory = self.transformer(x, pos.to(x.dtype), self.query_embed.weight, valid, grid)
         with torch.autocast(images.device.type, enabled=False):     # bfloat16 boxes are 1/256 wrong
             states = states.float()                                              # (L, B, Q, C)
-            return self.class_embed(states), self.bbox_embed(states).sigmoid()
+            logits, boxes = self.class_embed(states), self.bbox_embed(states).sigmoid()
+        if not self.cfg.masks:
+            return logits, boxes
+        attention = self.bbox_attention(states[-1], memory, valid, grid)         # (B, Q, nh, H, W)
+        return logits, boxes, self.mask_head(x, attention, maps, wanted and wanted(logits, boxes))
 
 
 MODELS = {
@@ -338,6 +348,8 @@ MODELS = {
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True, grid_rows=84, grid_cols=84),
     **METAFORMERS,
 }
+MODELS |= {f"{name}_panoptic": replace(MODELS[name], masks=True, num_classes=250)
+           for name in ("detr_r50", "detr_r50_dc5", "detr_r101")}
 
 
 def build_model(config, **overrides):

@@ -2,6 +2,7 @@
 
     python predict.py out/ckpt.pt photo.jpg folder/ --out predictions/
     python predict.py detr-r50-e632da11.pth photo.jpg --threshold 0.9 --top 10 --attention
+    python predict.py detr-r50-panoptic-00ce5173.pth photo.jpg --panoptic
     python predict.py poolformer_s12.pth.tar photo.jpg --model poolformer_s12
 
 --attention draws what attention.py computes. A classifier's picture is the part of the photo that
@@ -18,11 +19,12 @@ import torch
 from PIL import Image
 
 from coco_eval import UserError, UserFileError, run_command, writing
-from images import IMAGE_SUFFIXES, draw_boxes, read_image
+from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from classification import center_crop
 from data import plan_validation
 from evaluate import check_device, check_finite, load_model, postprocess
+from segmentation import PanopticWriter, mask_code, masks_over
 from attention import attention_sheet, cam_sheet
 
 
@@ -63,20 +65,25 @@ class Detector:
         """The detections of an image, a path or a PIL image in RGB: a dict, the best first.
 
         "names": a list of str; arrays "scores" (D,) in [0, 1], "boxes" (D, 4) xyxy in pixels of the
-        image, "labels" (D,) class indices, "queries" (D,) that found them. Raises UserError, with
-        the image's name, if they are not finite.
+        image, "labels" (D,) class indices, "queries" (D,) that found them; of a model with masks
+        also "masks", a list of bool (h, w) like the image. Raises UserError, with the image's name,
+        if they are not finite.
         """
         if not isinstance(image, Image.Image):
             name, image = image, read_image(image)
-        logits, boxes = self.model(self.pixels(image))
-        found = postprocess(logits[-1], boxes[-1], [(image.height, image.width)])[0]
+        pixels, size = self.pixels(image), (image.height, image.width)
+        logits, boxes, masks = masks_over(self.model, pixels, size, self.threshold)
+        found = postprocess(logits[-1], boxes[-1], [size])[0]
         check_finite(found, name)
 
         queries = found["scores"].argsort(descending=True)[:self.top]
         queries = queries[found["scores"][queries] >= self.threshold]
         found = {key: values[queries].cpu().numpy() for key, values in found.items()}
         names = [self.info["classes"][k] or f"class {k}" for k in found["labels"]]
-        return {"names": names, **found, "queries": queries.cpu().numpy()}
+        found |= {"names": names, "queries": queries.cpu().numpy()}
+        if self.model.cfg.masks:
+            found["masks"] = [masks[query] for query in queries.tolist()]
+        return found
 
     def pixels(self, image):
         """The network's input uint8 (1, 3, IH, IW): a PIL image in RGB, resized."""
@@ -105,7 +112,11 @@ def describe_objects(detector, image, path, args):
     rows = [{"class": name, "category_id": ids[int(k)], "score": round(float(score), 4),
              "box_xyxy": [round(float(v), 2) for v in box]}
             for name, k, score, box in zip(names, found["labels"], scores, boxes)]
-    pictures = {"detections": draw_boxes(image, boxes, names, scores)}
+    masks = found.get("masks", [])
+    for row, mask in zip(rows, masks):
+        row["segmentation"] = mask_code(mask)
+    drawn = draw_masks(image, masks[::-1], names[::-1])              # the best on top
+    pictures = {"detections": draw_boxes(drawn, boxes, names, scores)}
     if args.attention and (names or args.points):
         for x, y in args.points or ():
             if not (0 <= x < image.width and 0 <= y < image.height):
@@ -158,7 +169,10 @@ def parse_args(argv):
                         help="folder of the drawn images and the JSON")
     parser.add_argument("--model", default="", help="of an official classifier's file: its name")
     parser.add_argument("--threshold", type=float, default=None,
-                        help="least score of a detection that is kept; default 0.7")
+                        help="least score of a detection that is kept; default 0.7, with "
+                             "--panoptic 0.85")
+    parser.add_argument("--panoptic", action="store_true",
+                        help="one segment for each pixel, in COCO's panoptic format")
     parser.add_argument("--top", type=int, default=0,
                         help="at most so many detections per image, or classes; default 100, or 5")
     parser.add_argument("--attention", action="store_true",
@@ -181,24 +195,33 @@ def parse_args(argv):
 
 
 def build_describe(args):
-    """The function describe(image, path) of the checkpoint's model."""
+    """The function describe(image, path) of the checkpoint's model, and with --panoptic what
+    writes its segments."""
     model, info = load_model(args.checkpoint, args.model, args.dilation)
     model = model.eval().to(check_device(args.device))
     if isinstance(model, MetaFormer):
         for flag, value in (("attention", args.attention), ("threshold", args.threshold),
-                            ("max_size", args.max_size)):
+                            ("max_size", args.max_size), ("panoptic", args.panoptic)):
             if value:
                 raise UserError(f"--{flag} is for detectors, {args.checkpoint} holds a classifier")
-        return lambda image, path: describe_classes(model, info, image, path, args)
-    threshold = 0.7 if args.threshold is None else args.threshold
+        return lambda image, path: describe_classes(model, info, image, path, args), None
+    threshold = args.threshold
+    if threshold is None:
+        threshold = 0.85 if args.panoptic else 0.7
     detector = Detector(model, info, threshold, args.top or 100, args.image_size, args.max_size)
-    return lambda image, path: describe_objects(detector, image, path, args)
+    if not args.panoptic:
+        return lambda image, path: describe_objects(detector, image, path, args), None
+    if not model.cfg.masks:
+        raise UserError(f"--panoptic needs masks, the model of {args.checkpoint} has none")
+    if args.attention:
+        raise UserError("--attention is drawn for detections, give it without --panoptic")
+    return None, PanopticWriter(detector, args.out)
 
 
 def main(argv=None):
     args = parse_args(argv)
     files = find_images(args.images)
-    describe = build_describe(args)
+    describe, panoptic = build_describe(args)
     with writing(args.out):
         os.makedirs(args.out, exist_ok=True)
     # photos in the output folder keep their names
@@ -213,6 +236,9 @@ def main(argv=None):
             results.append({"file": path, "error": str(error)})
             failed += 1
             continue
+        if panoptic:
+            panoptic.add(path, image, written)
+            continue
         text, contents, pictures = describe(image, path)
         stem, drawn = os.path.splitext(os.path.basename(path))[0], []
         for kind, picture in pictures.items():
@@ -226,10 +252,12 @@ def main(argv=None):
         results.append({"file": path, "drawn": drawn[0], "width": image.width,
                         "height": image.height, **contents})
         print(f"{path}: {text}")
-    path = os.path.join(args.out, "predictions.json")
-    with writing(path), open(path, "w") as file:
-        json.dump(results, file, indent=1)
-    print(f"{len(files) - failed} image(s) drawn, and predictions.json, in {args.out}")
+    path, contents = "predictions.json", results
+    if panoptic:
+        path, contents = "panoptic.json", panoptic.contents()
+    with writing(os.path.join(args.out, path)), open(os.path.join(args.out, path), "w") as file:
+        json.dump(contents, file, indent=1)
+    print(f"{len(files) - failed} image(s) drawn, and {path}, in {args.out}")
     if failed:
         sys.exit(1)
 

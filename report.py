@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from coco_eval import IOU_THRS, UserError, box_overlap, evaluate_columns, take, writing
-from images import contact_sheet
+from images import contact_sheet, draw_masks
 from resnet import RESNETS
 from classification import classification_loss
 from data import box_iou, collate, cxcywh_to_xyxy, to_device
@@ -133,7 +133,7 @@ def describe_model(run):
     norm = f", {c.backbone_norm} norm" if c.backbone in RESNETS else ""
     return [f"model    {name}, encoder {c.encoder_mixer or c.mixer}, decoder "
             f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",
-            f"         {c.backbone}{norm}"]
+            f"         {c.backbone}{norm}{', masks' if c.masks else ''}"]
 
 
 def advice(run, steps, most):
@@ -364,6 +364,8 @@ def say_best(run):
         records = [json.loads(line) for line in file]
     detector = hasattr(run.model_cfg, "num_queries")
     key = "test_coco_eval_bbox" if detector else "test_acc1"
+    if getattr(run.model_cfg, "masks", False):
+        key = "test_coco_eval_masks"
     scores = {r["epoch"] + 1: np.ravel(r[key])[0] for r in records if key in r}
     if not scores:
         return
@@ -472,6 +474,8 @@ def draw_batch(run, images, valid, targets):
         boxes = cxcywh_to_xyxy(target.get("boxes", torch.tensor([[0.5, 0.5, 1, 1]])))
         boxes = boxes * torch.tensor([w, h, w, h])
         picture = Image.fromarray(image[:, :h, :w].permute(1, 2, 0).numpy())
+        if "masks" in target:
+            picture = draw_masks(picture, target["masks"], [classes[k] for k in target["labels"]])
         items.append((picture, boxes.numpy(), [classes[k] for k in target["labels"]]))
     path = os.path.join(run.cfg.output_dir, "first_batch.jpg")
     with writing(path):
@@ -497,15 +501,19 @@ def find_right(boxes, labels, true_boxes, true_labels):
     return right
 
 
-def draw_detections(result, dataset, threshold=0.7):
+def draw_detections(result, dataset, threshold=0.7, paint=None):
     """The first 16 images of a data set with the true boxes, thin, and the detections that score
-    over the threshold: right ones green, wrong ones red."""
+    over the threshold: right ones green, wrong ones red. paint(image, places): a copy of an image
+    with what else the detections at these places in the rows have."""
     rows, items = result["rows"].numpy(), []
     for i in range(min(16, len(dataset))):
         image, (true_boxes, true_labels) = dataset.read(i), dataset.objects(i)
-        r = rows[rows[:, 0] == i]
-        r = r[np.argsort(-r[:, 2], kind="stable")]
+        places = np.flatnonzero(rows[:, 0] == i)
+        places = places[np.argsort(-rows[places, 2], kind="stable")]
+        r = rows[places]
         kept = r[r[:, 2] > threshold]
+        if paint:
+            image = paint(image, places[:len(kept)])
         boxes = np.concatenate([kept[:, 3:5], kept[:, 3:5] + kept[:, 5:]], 1)
         names = [dataset.classes[int(k)] for k in kept[:, 1]]
         right = find_right(boxes, kept[:, 1], true_boxes, true_labels)

@@ -204,11 +204,14 @@ class ResNet(nn.Module):
         # stages: each halves the map, but for the first and for a dilated last one
         cin, self.stride = width, 4
         self.stages = [f"layer{k + 1}" for k in range(len(depths))]
+        self.keep_maps, self.map_channels = cfg.masks, []           # of the stages before the last
         for k, depth in enumerate(depths):
             dilated = cfg.dilation and k == len(depths) - 1
             stride = 1 if k == 0 or dilated else 2
             # the first block of a dilated stage still sees the undilated grid
             blocks = [block(cin, width, stride, 1, norm)]
+            if k > 0:
+                self.map_channels.append(cin)
             cin, self.stride = width * block.expansion, self.stride * stride
             for _ in range(depth - 1):
                 blocks.append(block(cin, width, 1, 2 if dilated else 1, norm))
@@ -224,11 +227,15 @@ class ResNet(nn.Module):
 
     def forward(self, x, valid=None):
         """Normalised images (B, 3, IH, IW) and valid (B, IH, IW) or None: the map (B, num_channels,
-        H, W) and valid at its resolution (B, H, W), or None."""
+        H, W) and valid at its resolution (B, H, W), or None. With cfg.masks also the maps of the
+        stages before, finest first."""
         x = F.relu_(conv_norm(x, self.conv1, self.bn1))
         x = F.max_pool2d(x, 3, 2, 1)
+        before = []
         for name in self.stages:
+            if self.keep_maps and name != "layer1":
+                before.append(x)
             x = getattr(self, name)(x)
         if valid is not None:
             valid = F.interpolate(valid[:, None].float(), size=x.shape[2:])[:, 0] > 0  # nearest
-        return x, valid
+        return x, valid, *before

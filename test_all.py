@@ -37,6 +37,7 @@ diagnose.py                 errors, layers, queries     -k "errs or error_costs 
 classification.py           training and evaluation     -k "classifier or class_folders"
 predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
 bench.py                    and what makes it fast      -k "bench or lever"
+segmentation.py             masks, panoptic, training   -k "mask or panoptic"
 study.py, study_probes.py                               -k study
 """
 
@@ -94,6 +95,7 @@ import formats
 import evaluate
 import train
 import predict
+import segmentation
 import report
 import attention as attention_py
 import bench
@@ -162,7 +164,7 @@ def named_weight(key, shape):
     x, leaf = normal(key, *shape), key.split(".")[-1]
     if len(shape) == 1:
         return 0.1 * x + (leaf == "weight")
-    if key == "query_embed.weight":
+    if key.endswith("query_embed.weight"):
         return x
     gains = {"in_proj_weight": 3, "self_attn.out_proj.weight": 0.1, "linear2.weight": 0.3,
              "multihead_attn.out_proj.weight": 2, "class_embed.weight": 2,
@@ -1392,10 +1394,10 @@ def test_positions_at_the_input_are_added_once_to_the_tokens_and_to_the_keys_tha
     net = Transformer(small(mixer=name, positions="input"))
     memory = net.encoder(x + pos, torch.zeros_like(pos), valid, grid)
     expected = net.decoder(query_pos, memory, pos, valid)
-    assert_close(net(x, pos, query_pos, valid, grid), expected)
+    assert_close(net(x, pos, query_pos, valid, grid)[0], expected)
     layers = Transformer(small(mixer=name))
     layers.load_state_dict(net.state_dict())
-    assert not torch.allclose(layers(x, pos, query_pos, valid, grid), expected, atol=1e-3)
+    assert not torch.allclose(layers(x, pos, query_pos, valid, grid)[0], expected, atol=1e-3)
 
 
 def test_a_bias_of_two_dimensions_starts_at_0():
@@ -2608,6 +2610,12 @@ def rank_job(rank, world, ports, folder):
             counts = train.sum_over_processes(loss_normalizers(parts[0][2], 12)) / world
             gradients(model, parts, counts, wrapped)      # the second shows what was unused
             saved[mixer, empty] = gradients(model, parts, counts, wrapped)
+    saved["mask_evaluation"] = mask_evaluation(rank, world)
+    for empty in (False, True) if world == 2 else ():
+        model = mask_model()
+        parts = parts_of(mask_batch(empty), slice(2 * rank, 2 * rank + 2))
+        counts = train.sum_over_processes(loss_normalizers(parts[0][2], 12)) / world
+        saved["masks", empty] = mask_gradients(model, parts, counts, DistributedDataParallel(model))
     dist.destroy_process_group()
     if world == 2:
         os.environ["MASTER_PORT"] = ports[1]
@@ -3749,7 +3757,7 @@ def test_frozen_parts_stay_as_they_are_to_the_bit(whole):
     assert run(*options, "--freeze", "backbones") == 2
 
     model = build_model("metaformer_tiny")
-    finetune.freeze(model, SimpleNamespace(freeze="backbone"))
+    finetune.freeze(model, SimpleNamespace(freeze="backbone", frozen_weights=""))
     assert {k for k, p in model.named_parameters() if p.requires_grad} == {"head.weight",
                                                                            "head.bias"}
 
@@ -5143,7 +5151,7 @@ def bench_line(capsys, monkeypatch, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode, levers", [("forward", 2), ("step", 5), ("loss", 2)])
+@pytest.mark.parametrize("mode, levers", [("forward", 2), ("step", 5), ("loss", 2), ("masks", 0)])
 def test_bench_times_ours_beside_ours_without_each_lever(capsys, monkeypatch, mode, levers):
     r = bench_line(capsys, monkeypatch, mode, "--each", "--model", "detr_tiny", "--height", 64,
                    "--width", 64, "--repeats", 1, "--device", "cpu")
@@ -5200,6 +5208,546 @@ def test_bench_says_what_the_official_option_needs(capsys, monkeypatch):
         error = capsys.readouterr().err.splitlines()[-1]
         assert cause in error and "install packaging, and the torchvision that was built" in error
     sys.modules.pop("util")
+
+
+# -- segmentation.py -----------------------------------------------------------------------------
+
+SEGM_IMAGES = ("segm.image0", 96, 64), ("segm.image1", 64, 96)
+
+
+def segm_batch():
+    """Two padded images; garbage is in the padding."""
+    images, valid = torch.full((2, 3, 96, 96), 77.0), torch.zeros(2, 96, 96, dtype=torch.bool)
+    for k, (name, h, w) in enumerate(SEGM_IMAGES):
+        images[k, :, :h, :w], valid[k, :h, :w] = named_image(name, h, w), True
+    return images, valid
+
+
+@pytest.fixture(scope="module")
+def panoptic_r50(tmp_path_factory):
+    """The official panoptic model, read from a file with the official names."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in build_model("detr_r50_panoptic").state_dict().items()}
+    keys = {k if k.startswith(checkpoint_py.MASK_PARTS) else f"detr.{k}": s
+            for k, s in shapes.items()}
+    state = {k: torch.tensor(named_weight(k, s), dtype=torch.float32) for k, s in keys.items()}
+    path = tmp_path_factory.mktemp("panoptic") / "detr-r50-panoptic-00ce5173.pth"
+    torch.save({"model": state}, path)
+    return evaluate.load_model(path)
+
+
+def test_masks_of_the_panoptic_r50_are_the_official_ones(panoptic_r50):
+    model, attention = panoptic_r50[0].eval(), []
+    hook = model.bbox_attention.register_forward_hook(lambda *args: attention.append(args[2]))
+    with torch.no_grad():
+        _, _, masks = model(*segm_batch())
+        image, query = torch.tensor([0, 1, 1]), torch.tensor([40, 0, 99])
+        some = model(*segm_batch(), lambda logits, boxes: (image, query))[2]
+    hook.remove()
+    assert masks.shape == (2, 100, 24, 24) and attention[0].shape == (2, 100, 8, 3, 3)
+    assert_close(some, masks[image, query])
+    assert_close(attention[0][:, 40, 2], torch.tensor(
+        [[[0.0196274, 0.0143311, 0], [0.024436, 0.0174165, 0], [0.0307246, 0.0206177, 0]],
+         [[0.0114351, 0.017139, 0.0139606], [0.0092411, 0.0157815, 0.0184537], [0, 0, 0]]]),
+        atol=1e-6, rtol=0)
+    official = torch.tensor([[[-0.0257617, -0.1351406, 0.4692896], [-0.7042394, 0.4751751,
+                              0.7551224], [0.193009, 0.657048, 0.6886824]],
+                             [[0.1228168, 0.5069087, 0.5344347], [-0.5928251, 1.6553819,
+                              1.2764486], [-0.7454981, 0.4562223, 0.8008308]]])
+    assert_close(masks[:, 0, ::8, ::8], official, atol=1e-4, rtol=0)
+    assert_close(masks[1, 40, 8, 8].item(), 1.655381, atol=1e-4, rtol=0)
+
+
+def test_panoptic_files_have_133_names(panoptic_r50):
+    classes = panoptic_r50[1]["classes"]
+    assert len(classes) == 250 and sum(map(bool, classes)) == 133
+    assert (classes[90], classes[92], classes[200]) == ("toothbrush", "banner", "rug-merged")
+    assert panoptic_r50[0].cfg == MODELS["detr_r50_panoptic"]
+
+
+@pytest.mark.parametrize("name, entries, sha256", [
+    ("detr_r50_panoptic", 490, "b3a934902dac"), ("detr_r50_dc5_panoptic", 490, "b3a934902dac"),
+    ("detr_r101_panoptic", 745, "b0d86fdc0d5a")])
+def test_tensors_of_the_mask_models_have_the_official_names(name, entries, sha256):
+    with torch.device("meta"):
+        state = build_model(name).state_dict()
+    lines = [f"{k} {tuple(v.shape)}" for k, v in sorted(state.items())]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert len(lines) == entries and digest.startswith(sha256)
+
+
+def test_mask_losses_of_the_panoptic_r50_are_the_official_ones(panoptic_r50):
+    model, targets = panoptic_r50[0].eval(), []
+    for k, ((_, h, w), n) in enumerate(zip(SEGM_IMAGES, (2, 3))):
+        labels = 1 + torch.tensor(249 * rng(f"segm.targets.labels{k}").random(n)).long()
+        masks = torch.tensor(rng(f"segm.masks{k}").random((n, h, w)) < 0.3)
+        targets.append(dict(labels=labels, boxes=named_boxes(f"segm.targets.boxes{k}", n),
+                            masks=masks))
+    with torch.no_grad():
+        run = run_of(model, None)
+        losses = segmentation.segmentation_losses(run, *segm_batch(), targets, None, 0)
+    expected = dict(loss_ce=8.1079339, loss_bbox=0.8737230, loss_giou=0.9285882, class_error=100.0,
+                    loss_mask=0.3161180, loss_dice=0.7054621, loss_ce_3=9.5318489,
+                    loss_bbox_1=0.8105273, loss_giou_4=0.9393279, loss=86.6323303)
+    assert {k: losses[k].item() for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_of_the_mask_losses_are_those_of_a_loop_over_objects():
+    g = torch.Generator().manual_seed(0)
+    masks = torch.randn(5, 4, 6, generator=g).requires_grad_()
+    wanted = torch.rand(5, 16, 21, generator=g) < 0.3
+    losses = segmentation.mask_losses(masks, wanted, objects=7)
+    got = torch.autograd.grad(losses["loss_mask"] + 2 * losses["loss_dice"], masks)[0]
+
+    focal = dice = 0
+    for mask, truth in zip(masks, wanted.double()):
+        x = F.interpolate(mask[None, None], (16, 21), mode="bilinear", align_corners=False)
+        p = torch.sigmoid(x[0, 0].double())
+        inside = -0.25 * (1 - p) ** 2 * torch.log(p)
+        outside = -0.75 * p ** 2 * torch.log(1 - p)
+        focal = focal + torch.where(truth == 1, inside, outside).mean() / 7
+        overlap = 2 * (p * truth).sum() + 1
+        dice = dice + (1 - overlap / (p.sum() + truth.sum() + 1)) / 7
+    assert losses["loss_mask"].item() == pytest.approx(focal.item(), rel=1e-5)
+    assert losses["loss_dice"].item() == pytest.approx(dice.item(), rel=1e-5)
+    assert_close(got, torch.autograd.grad(focal + 2 * dice, masks)[0], rtol=1e-4, atol=1e-8)
+
+
+def mask_model(**options):
+    torch.manual_seed(0)
+    return build_model("detr_tiny", **SMALL, masks=True, **{"backbone_norm": "frozen", **options})
+
+
+def mask_batch(empty):
+    images, valid, targets = four_images(empty)
+    g = torch.Generator().manual_seed(1)
+    for v, target in zip(valid, targets):
+        size = len(target["labels"]), int(v[:, 0].sum()), int(v[0].sum())
+        target["masks"] = torch.rand(size, generator=g) < 0.4
+    return images, valid, targets
+
+
+def mask_gradients(model, parts, counts, wrapped=None):
+    recorder, task = Recorder(model), train.SEGMENTATION
+    run = run_of(model, recorder, wrapped, clip_max_norm=0.0)
+    run.task = task
+    train.train_step(run, parts, counts, 0)
+    return recorder.grads
+
+
+@pytest.mark.parametrize("backbone, empty", [
+    ("resnet_tiny", False), ("resnet_tiny", True), ("resnet18", True), ("metaformer_tiny", False)])
+def test_parts_of_a_step_give_the_mask_gradients_of_the_whole(backbone, empty):
+    batch = mask_batch(empty)
+    counts = loss_normalizers(batch[2], 12)
+    whole = mask_gradients(mask_model(backbone=backbone), [batch], counts)
+    parts = parts_of(batch, slice(0, 2), slice(2, 4))                # empty: the second has none
+    assert_close_gradients(mask_gradients(mask_model(backbone=backbone), parts, counts), whole)
+    head = {k: g for k, g in whole.items() if k.startswith(checkpoint_py.MASK_PARTS)}
+    unused = {"bbox_attention.k_linear.bias"}                        # a softmax ignores a constant
+    assert len(head) > 8 and all(g.abs().max() > 0 for k, g in head.items() if k not in unused)
+
+
+def test_a_step_without_any_object_trains_all_else():
+    images, valid, targets = mask_batch(True)
+    grads = mask_gradients(mask_model(), [(images[2:], valid[2:], targets[2:])],
+                           loss_normalizers(targets[2:], 12))
+    assert not any(g.any() for k, g in grads.items() if k.startswith("mask_head."))
+    assert grads["class_embed.weight"].any()
+
+
+def test_two_ranks_give_the_mask_gradients_of_the_whole_batch(ranks):
+    for empty in (False, True):
+        batch = mask_batch(empty)
+        whole = mask_gradients(mask_model(), [batch], loss_normalizers(batch[2], 12))
+        for rank in (0, 1):
+            assert_close_gradients(ranks[0][2, rank]["masks", empty], whole)
+
+
+def mask_evaluation(rank=0, world=1):
+    """Detections, numbers and losses of the masks of an untrained model on 7 shapes."""
+    dataset = ShapesDataset("val", 7, 32)
+    segmentation.add_masks(dataset)
+    loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 2, rank, world),
+                        collate_fn=collate)
+    job = run_of(mask_model(), None)
+    job.val_loader = loader
+    result = evaluate.evaluate(job.raw_model, loader, "cpu",
+                               losses_of=segmentation.share_in_segmentation_losses(job))
+    codes = [mask["segmentation"]["counts"] for mask in result["masks"]]
+    return codes, result["segm"]["stats"].tolist(), result["losses"]
+
+
+def test_masks_and_their_ap_are_the_same_at_1_2_and_3_ranks(ranks):
+    codes, stats, losses = mask_evaluation()
+    assert len(codes) == 7 * 12 and len(set(codes)) > 7
+    for saved in ranks[0].values():
+        assert saved["mask_evaluation"] == (codes, stats, losses)
+
+
+def test_validation_losses_of_masks_are_those_of_one_batch():
+    dataset, losses = ShapesDataset("val", 7, 32), mask_evaluation()[2]
+    segmentation.add_masks(dataset)
+    images, _, targets = collate([dataset[i] for i in range(7)])
+    with torch.no_grad():
+        logits, boxes, masks = mask_model().eval()(images)
+        pairs = match(logits[-1], boxes[-1], targets)
+        logits = torch.cat([m[query] for m, (query, _) in zip(masks, pairs)])
+    wanted = torch.cat([t["masks"][index] for t, (_, index) in zip(targets, pairs)])
+    expected = segmentation.mask_losses(logits, wanted, len(wanted))
+    expected |= {k: v for k, v in set_loss(*mask_model().eval()(images)[:2], targets).items()
+                 if k != "loss"}
+    assert losses.keys() == expected.keys() | {"loss"}
+    assert {k: losses[k] for k in expected} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-4)
+    total = sum(weight * v for k, v in losses.items() for name, weight in
+                (("ce", 1), ("bbox", 5), ("giou", 2), ("mask", 1), ("dice", 1))
+                if k.startswith(f"loss_{name}"))
+    assert losses["loss"] == pytest.approx(total)
+
+
+@pytest.mark.parametrize("backbone", ["resnet_tiny", "metaformer_tiny"])
+def test_what_is_in_the_padding_changes_no_mask(backbone):
+    model, (images, valid, _) = mask_model(backbone=backbone).eval(), mask_batch(False)
+    with torch.no_grad():
+        masks = model(images, valid)[2]
+        images[2, :, 16:], images[2, :, :, 24:] = 255, 7
+        assert torch.equal(model(images, valid)[2], masks)
+
+
+def test_a_backbone_without_maps_is_told():
+    backbone = [SimpleNamespace(body=nn.Conv2d(3, 8, 1))]
+    refused("--masks needs the maps", segmentation.MaskHead, ModelConfig(), backbone)
+
+
+def test_masks_are_augmented_as_the_official_transforms_do():
+    pixels = torch.from_numpy(rng("masks").random((60, 90)) < 0.5)
+    for seed in range(8):
+        plan = plan_training(60, 90, 40, 80, random.Random(seed))
+        y, x = segmentation.source_pixels(60, 90, plan)
+
+        def resize(mask, size):
+            if tuple(mask.shape) == tuple(size):
+                return mask
+            return F.interpolate(mask[None, None].float(), size, mode="nearest")[0, 0] > 0.5
+        mask = pixels.flip(1) if plan.flip else pixels
+        if plan.crop:
+            top, left, h, w = plan.crop
+            mask = resize(mask, plan.resize_before_crop)[top:top + h, left:left + w]
+        assert_close(pixels[y.tolist()][:, x.tolist()], resize(mask, plan.size))
+    sizes = [(n, m) for n in range(1, 60, 7) for m in range(1, 90, 4)]
+    for n, m in sizes:
+        official = F.interpolate(torch.arange(n)[None, None].float(), m)[0, 0].long()
+        assert segmentation.nearest(np.arange(n), m).tolist() == official.tolist()
+
+
+SQUARE, HOLE = [[2, 2, 22, 2, 22, 12, 2, 12]], dict(size=[48, 64], counts=[100, 7, 2965])
+
+
+def mask_files(tmp_path, *segmentations, **more):
+    anns = [annotation(k, 900, 90, (2, 2, 30, 20), segmentation=s, iscrowd=int(k == 3), **more)
+            for k, s in enumerate(segmentations)]
+    dataset = CocoDataset(*write_coco(tmp_path, annotations=anns), image_size=48)
+    segmentation.add_masks(dataset)
+    return dataset
+
+
+def test_polygons_and_run_length_codes_become_the_masks_of_the_targets(tmp_path):
+    packed = dict(size=[48, 64], counts=segmentation.compressed(np.array([100, 107]), 48, 64))
+    dataset = mask_files(tmp_path, SQUARE, HOLE, packed, HOLE)       # the last one is a crowd
+    masks = dataset[2][1]["masks"]                                   # image 900, the last by id
+    assert masks.shape == (3, 48, 64) and masks.dtype == torch.bool
+    assert masks[0, 2:12, 2:22].all() and masks[0].sum() == 200
+    column = torch.zeros(64, 48, dtype=torch.bool)
+    column.view(-1)[100:107] = True                                  # column by column
+    assert torch.equal(masks[1], column.T) and torch.equal(masks[2], column.T)
+    assert dataset[0][1]["masks"].shape == (0, 48, 64)               # an image without objects
+    assert [e.tolist() for e in dataset.masks.edges(2)][1:] == [[100, 107]] * 3
+    batch = collate([dataset[2], dataset[0]])[2]
+    assert torch.equal(pickle.loads(ForkingPickler.dumps(batch[0]))["masks"], masks)
+    assert dataset.keep_only(1)[0][1]["masks"].shape == masks.shape
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (None, "annotation 1: segmentation should be polygons.*None"), ([], r"it is \[\]"),
+    ([[1, 1, 2, 2]], r"a polygon is \[1, 1, 2, 2\]"), ([["a"] * 6], "a polygon is"),
+    (dict(size=[9, 9], counts=[81]), r"size \[9, 9\]"), ("12", "it is '12'"), ([3], "len|polygon"),
+    ([[1, 2, 3, 4, 5, 1e7]], "a polygon is"), (dict(size=[48, 64], counts="`"), "cut short")])
+def test_malformed_segmentations_are_faults_of_the_file(tmp_path, wrong, words):
+    refused(words, mask_files, tmp_path, SQUARE, wrong)
+
+
+@pytest.mark.parametrize("scenes", data.SCENES)
+def test_masks_of_shapes_are_the_pixels_in_their_colours(scenes):
+    dataset = ShapesDataset("train", 20, 96, scenes=scenes)
+    segmentation.add_masks(dataset)
+    for i in range(20):
+        image, target = dataset[i]
+        assert target["masks"].sum(0).max() <= 1 and target["masks"].sum((1, 2)).min() > 20
+        colors = [parts[0][2] for _, _, parts in dataset._scene(i)[2]]
+        for color in set(colors):                                    # twins share one
+            alike = torch.tensor([c == color for c in colors])
+            shown = (image.permute(1, 2, 0) == torch.tensor(color)).all(2)
+            assert torch.equal(target["masks"][alike].any(0), shown)
+
+
+def test_masks_of_a_part_of_a_file_and_of_files_without_masks(tmp_path):
+    path, folder = write_coco(tmp_path, annotations=[
+        annotation(k, image, 90, (4, 4, 9, 9), segmentation=[[4, 4, 4 + k, 4, 4, 12]])
+        for k, image in enumerate((900, 2, 40), 6)])
+    whole, labels = CocoDataset(path, folder), formats.Labels("COCO", path, folder)
+    segmentation.add_masks(whole)
+    seen = 0
+    for split in ("train", "val"):
+        part = CocoDataset(labels.part(split, 0.3), folder)
+        segmentation.add_masks(part)
+        for i, id_ in enumerate(part.image_ids):
+            of_whole = whole.masks.edges(whole.image_ids.tolist().index(id_))
+            assert np.array_equal(part.masks.edges(i), of_whole) and len(of_whole) == 1
+            seen += 1
+    assert seen == 3 and len(part) == 2
+    yolo = SimpleNamespace(json_path=formats.Labels("YOLO", "labels", "images", dict))
+    yolo.format_name = "YOLO"
+    refused("labels is in YOLO format", segmentation.annotation_file, yolo)
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (7, 5), (40, 600)])
+def test_masks_pass_through_runs_and_codes_unchanged(h, w):
+    for share in (0, 0.02, 0.5, 1):
+        mask = rng(f"{h} {w} {share}").random((h, w)) < share
+        edges = segmentation.pixel_edges(mask)
+        code = segmentation.compressed(edges, h, w)
+        assert np.array_equal(mask_edges(dict(size=[h, w], counts=code), h, w), edges)
+        assert np.array_equal(segmentation.edge_pixels(edges, h, w), mask)
+
+
+def test_perfect_masks_have_ap_1_and_save_json_gives_the_same_numbers(tmp_path):
+    box = [[4, 4, 44, 4, 44, 44, 4, 44]]
+    anns = [annotation(k, image, 90, (4, 4, 40, 40), segmentation=box, area=1600)
+            for k, image in enumerate((900, 2, 40), 1)]
+    dataset = CocoDataset(*write_coco(tmp_path, annotations=anns), image_size=48)
+    segmentation.add_masks(dataset)
+    logits, boxes = torch.full((1, 3, 2, 4), -9.0), torch.full((1, 3, 2, 4), 0.5)
+    logits[0, :, 0, dataset.labels[0]] = torch.tensor([9.0, 8.0, 7.0])
+    masks = torch.full((3, 2, 12, 16), -1.0)
+    masks[:2, 0, 1:11, 1:11] = 1                                     # of the third image none
+
+    class Fixed(nn.Module):
+        cfg = ModelConfig(masks=True)
+
+        def forward(self, images, valid=None):
+            return logits, boxes, masks
+    loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, 3), collate_fn=collate)
+    result = evaluate.evaluate(Fixed(), loader, "cpu")
+    assert result["segm"]["stats"][:2] == pytest.approx(0.6634, abs=1e-4)    # 67 of 101 recalls
+    found = evaluate.coco_results(result["rows"], dataset, result["masks"])
+    again = coco_eval(str(tmp_path / "instances.json"), found, "segm")
+    assert again["stats"].tolist() == result["segm"]["stats"].tolist()
+
+
+# -- segmentation.py: panoptic -------------------------------------------------------------------
+
+def test_masks_are_merged_by_the_official_rule_by_hand():
+    masks = torch.zeros(4, 6, 6)
+    masks[0], masks[2] = 1, -1
+    masks[0, :, :3] = masks[1, :3, 3:] = masks[3, 3:, 3:] = 5
+    masks[2, 5, :2] = 9                                              # two pixels
+    # 0 and 1 are stuff of one class: one segment, which empties mask 1; it and the small mask 2 are
+    # dropped, and their pixels go to the highest of the masks left, 0 and 3
+    ids, labels = segmentation.merge_masks(masks, [1, 1, 0, 0], [True, False], *[(6, 6)] * 3)
+    expected = np.ones((6, 6))
+    expected[3:, 3:] = 2
+    assert labels == [1, 0] and np.array_equal(ids, expected)
+    ids, labels = segmentation.merge_masks(masks[:0], [], [True], (6, 6), (6, 6), (3, 9))
+    assert labels == [] and ids.shape == (3, 9) and not ids.any()
+    logits = torch.tensor([[9.0, 0, 0], [0, 0, 9], [1, 0, 0]])
+    used, labels = segmentation.panoptic_queries(logits)             # the last class is no object
+    assert used.tolist() == [True, False, False] and labels.tolist() == [0, 2, 0]
+
+
+def regions(points, h, w):
+    """The number of the nearest point, for each pixel."""
+    y, x = np.mgrid[:h, :w]
+    return ((y[..., None] - points[:, 0])**2 + (x[..., None] - points[:, 1])**2).argmin(2)
+
+
+def write_panoptic(root, n=6, stem="panoptic_val2017"):
+    """A panoptic data set of n images with 7 regions each, one without annotation; its paths, and
+    for each image the points and classes of the regions."""
+    g, images, records, scenes = rng("panoptic"), [], [], []
+    (root / stem).mkdir()
+    for i in range(n):
+        h, w, points = 30 + i, 40 - i, g.random((7, 2)) * (30, 34)
+        classes, ids = g.choice((2, 5, 7, 40), 7), g.choice(2**24 - 1, 7, replace=False) + 1
+        ids[0] = 0
+        shown, segments = ids[regions(points, h, w)], []
+        for k in range(1, 7):
+            y, x = np.nonzero(shown == ids[k])
+            if len(y):
+                box = int(x.min()), int(y.min()), int(np.ptp(x) + 1), int(np.ptp(y) + 1)
+                segments.append(dict(id=int(ids[k]), category_id=int(classes[k]), bbox=box,
+                                     area=len(y), iscrowd=int(g.random() < 0.2)))
+        colors = np.stack([shown // 256**k % 256 for k in range(3)], 2).astype(np.uint8)
+        Image.fromarray(colors).save(root / stem / f"{i}.png")
+        Image.fromarray(colors[::-1]).save(root / f"{i}.png")
+        images.append(dict(id=70 - i, width=w, height=h, file_name=f"{i}.png"))
+        records.append(dict(image_id=70 - i, file_name=f"{i}.png", segments_info=segments))
+        scenes.insert(0, (points, classes))                          # by ascending id
+    categories = [dict(id=k, name=f"c{k}", isthing=int(k > 6)) for k in (40, 7, 5, 2)]
+    path = root / f"{stem}.json"
+    path.write_text(json.dumps(dict(images=images, annotations=records, categories=categories)))
+    return path, root, scenes
+
+
+def naive_quality(records, folder, found):
+    """panopticapi's rule. found: by image id, the segments' numbers (h, w) and category ids."""
+    sums = {}
+    for record in records:
+        rgb = np.array(Image.open(folder / record["file_name"]), int)
+        truth = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        ids, categories = found[record["image_id"]]
+        hit_truth, hit_found = set(), set()
+        for s in record["segments_info"]:
+            for k, category in enumerate(categories, 1):
+                both = ((truth == s["id"]) & (ids == k)).sum()
+                union = s["area"] + (ids == k).sum() - both - ((truth == 0) & (ids == k)).sum()
+                if category == s["category_id"] and not s["iscrowd"] and both / union > 0.5:
+                    sums.setdefault(category, [0, 0, 0, 0])[0] += both / union
+                    sums[category][1] += 1
+                    hit_truth.add(s["id"]), hit_found.add(k)
+        crowds = {}
+        for s in record["segments_info"]:
+            if s["iscrowd"]:
+                crowds[s["category_id"]] = s["id"]
+            elif s["id"] not in hit_truth:
+                sums.setdefault(s["category_id"], [0, 0, 0, 0])[3] += 1
+        for k, category in enumerate(categories, 1):
+            ignored = ((truth == 0) & (ids == k)).sum()
+            if category in crowds:
+                ignored += ((truth == crowds[category]) & (ids == k)).sum()
+            if k not in hit_found and ignored / (ids == k).sum() <= 0.5:
+                sums.setdefault(category, [0, 0, 0, 0])[2] += 1
+    return sums
+
+
+def test_panoptic_quality_is_the_published_rule_on_perturbed_ground_truth(tmp_path):
+    path, folder, scenes = write_panoptic(tmp_path, 20)
+    dataset, found, counts = CocoDataset(path, folder), {}, 0
+    segmentation.add_masks(dataset)
+    assert dataset.classes == ["c2", "c5", "c7", "c40"]
+    assert dataset.things == [False, False, True, True]
+    g = rng("perturbed")
+    for i, (points, classes) in enumerate(scenes):
+        shown = regions(points + g.normal(0, 2, points.shape), *dataset.sizes[i])
+        classes = np.where(g.random(7) < 0.2, 7, classes)
+        used = [k for k in np.unique(shown) if g.random() < 0.85]
+        ids = sum(n * (shown == k) for n, k in enumerate(used, 1))
+        labels = [dataset.category_ids.index(classes[k]) for k in used]
+        counts = counts + segmentation.panoptic_counts(dataset, i, ids, labels)
+        found[dataset.image_ids[i]] = ids, classes[used]
+    sums = naive_quality(json.loads(path.read_text())["annotations"],
+                         tmp_path / "panoptic_val2017", found)
+    assert counts.tolist() == pytest.approx(np.array([sums[k] for k in (2, 5, 7, 40)]))
+    quality = segmentation.panoptic_quality(counts, dataset.things)
+    for kind, ids in (("all", (2, 5, 7, 40)), ("things", (7, 40)), ("stuff", (2, 5))):
+        sq = [sums[k][0] / sums[k][1] for k in ids]
+        rq = [sums[k][1] / (sums[k][1] + sums[k][2] / 2 + sums[k][3] / 2) for k in ids]
+        expected = dict(pq=np.mean(np.multiply(sq, rq)), sq=np.mean(sq), rq=np.mean(rq), n=len(ids))
+        assert quality[kind] == pytest.approx(expected) and 0.2 < quality[kind]["pq"] < 0.9
+
+
+def test_panoptic_quality_by_hand():
+    # class 0: IoU 0.8, one match, one in vain, one missed; class 1: one missed; class 2: not there
+    counts = np.array([[0.8, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+    quality = segmentation.panoptic_quality(counts, [True, False, False])
+    assert quality["things"] == pytest.approx(dict(pq=0.4, sq=0.8, rq=0.5, n=1))
+    assert quality["stuff"] == dict(pq=0, sq=0, rq=0, n=1)
+    assert quality["all"] == pytest.approx(dict(pq=0.2, sq=0.4, rq=0.25, n=2))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(file_name="../5.png"), "segments of image 65: file_name .* leads out"),
+    (dict(file_name=None), "not a string that names a file"),
+    (dict(file_name="9.png"), "9.png"),
+    (dict(segments_info=[dict(id=0, category_id=2, bbox=[1, 2, 3, 4])]), "segment id 0 is not"),
+    (dict(segments_info=[dict(id=1, category_id=3, bbox=[1, 2, 3, 4])]), "category_id 3 is not")])
+def test_faults_of_panoptic_files_are_named(tmp_path, change, words):
+    path, folder, _ = write_panoptic(tmp_path)
+    content = json.loads(path.read_text())
+    content["annotations"][-1] |= change
+    path.write_text(json.dumps(content))
+
+    def read():
+        segmentation.add_masks(CocoDataset(path, folder))
+    refused(words, read)
+
+
+# -- segmentation.py: training -------------------------------------------------------------------
+
+def test_training_with_masks_and_its_files(tmp_path, capsys):
+    assert run(*TINY, "--masks", "--output_dir", "out") == 0
+    record = lines("out/log.txt")[-1]
+    assert record["train_loss_mask"] > 0 and len(record["test_coco_eval_masks"]) == 12
+    of_train = {k[6:] for k in record if k.startswith("train_")} - {"lr", "grad_norm"}
+    assert of_train < {k[5:] for k in record if k.startswith("test_")}
+    text, best = capsys.readouterr().out, max(r["test_coco_eval_masks"][0]
+                                              for r in lines("out/log.txt"))
+    assert "masks: AP" in text and re.search(rf"best .*, AP {best:.3f}, in out/best.pt", text)
+    numbers = evaluate_py("out/ckpt.pt", "--save_json", "found.json")
+    assert list(numbers["segm"]["stats"].values()) == record["test_coco_eval_masks"]
+    assert {"size", "counts"} == set(json.load(open("found.json"))[0]["segmentation"])
+    assert Image.open("out/predictions.jpg").size[0] > 300
+
+
+def test_frozen_weights_train_the_mask_head_alone(whole):
+    frozen = *TINY, "--masks", "--frozen_weights", f"{whole}/ckpt.pt"
+    assert run(*frozen) == 0 and run(*frozen, "--epochs", 3, "--resume", "out/ckpt.pt") == 0
+    before, after = checkpoint(f"{whole}/ckpt.pt")["model"], checkpoint("out/ckpt.pt")["model"]
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert after.keys() - before.keys() == {k for k in after
+                                            if k.startswith(checkpoint_py.MASK_PARTS)}
+    first = checkpoint("out/best.pt")["model"]
+    assert any(not torch.equal(after[k], first[k]) for k in after.keys() - before.keys())
+    assert "of another detector" in run(*frozen, "--mixer", "pool", "--output_dir", "other")
+    assert run(*TINY, "--frozen_weights", "a.pt", "--output_dir", "other") == 2   # no --masks
+
+
+def test_panoptic_data_train_evaluate_and_report_their_quality(tmp_path):
+    path, folder, _ = write_panoptic(tmp_path)
+    files = "--train_json", path, "--train_images", folder, "--val_json", path, "--val_images"
+    assert run(*TINY_FILES, "--masks", *files, folder, "--batch_size", 2, "--epochs", 1) == 0
+    record = lines("out/log.txt")[-1]
+    assert record["test_PQ_all"]["n"] == 4 and record["test_PQ_st"]["n"] == 2
+    assert checkpoint("out/ckpt.pt")["things"] == [False, False, True, True]
+    assert evaluate_py("out/ckpt.pt")["panoptic"]["things"] == record["test_PQ_th"]
+
+
+def test_predict_draws_masks_and_writes_panoptic_files(tmp_path, capsys):
+    assert run(*TINY, "--masks", "--output_dir", "out") == 0
+    data.ShapesDataset("val", 1, 64).read(0).save("photo.png")
+    predict.main(["out/ckpt.pt", "photo.png", "--threshold", "0.0", "--top", "3", "--field"])
+    [photo] = json.load(open("predictions/predictions.json"))
+    detector = predict.load_detector("out/ckpt.pt", threshold=0, top=3)
+    masks, found = detector("photo.png")["masks"], photo["detections"]
+    full = detector.model(detector.pixels(Image.open("photo.png")))[2]     # (1, Q, 16, 16)
+    full = F.interpolate(full, size=(32, 32), mode="bilinear")[0] > 0
+    queries = detector("photo.png")["queries"]
+    for mask, query, d in zip(masks, queries, found, strict=True):
+        edges = mask_edges(d["segmentation"], 64, 64)
+        assert np.array_equal(segmentation.edge_pixels(edges, 64, 64), mask)
+        assert np.array_equal(mask[::2, ::2], full[query].numpy())
+    refused("without --panoptic", predict.main,
+            ["out/ckpt.pt", "photo.png", "--panoptic", "--attention"])
+    predict.main(["out/ckpt.pt", "photo.png", "--panoptic", "--threshold", "0.3"])
+    content = json.load(open("predictions/panoptic.json"))
+    assert [c["name"] for c in content["categories"]] == ["rectangle", "ellipse", "triangle"]
+    [record] = content["annotations"]
+    ids = np.array(Image.open(f"predictions/{record['file_name']}"), int) @ (1, 256, 65536)
+    areas = {s["id"]: s["area"] for s in record["segments_info"]}
+    assert areas and areas == {k: (ids == k).sum() for k in np.unique(ids)}
+    assert Image.open("predictions/photo_panoptic.jpg").size == (64, 64)
+    assert run(*TINY, "--epochs", 1, "--output_dir", "boxes") == 0
+    refused("needs masks", predict.main, ["boxes/ckpt.pt", "photo.png", "--panoptic"])
 
 
 # -- study.py and study_probes.py ----------------------------------------------------------------

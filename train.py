@@ -32,7 +32,7 @@ from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
 from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_output_dir, save_run,
                         truncate_logs)
 from model import build_model
-from finetune import class_weights, first_weights, freeze
+from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
                     parse_options)
@@ -41,6 +41,8 @@ from report import (Interval, append_json, banner, catch_signals, classification
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, ignore_signals, say, say_best,
                     share_in_class_losses, share_in_detection_losses)
+from segmentation import (draw_mask_detections, segmentation_losses, segmentation_report,
+                          share_in_segmentation_losses)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -156,6 +158,8 @@ def detection_losses(run, images, valid, targets, normalizers, global_step):
 Task = namedtuple("Task", "losses evaluate validation_losses report draw")
 DETECTION = Task(detection_losses, evaluate, share_in_detection_losses, detection_report,
                  draw_detections)
+SEGMENTATION = Task(segmentation_losses, evaluate, share_in_segmentation_losses,
+                    segmentation_report, draw_mask_detections)
 CLASSIFICATION = Task(classification_losses, evaluate_classifier, share_in_class_losses,
                       classification_report, draw_classes)
 
@@ -329,8 +333,9 @@ def train(run):
 def build_datasets(cfg, model_cfg):
     """Training and validation set, with the same classes."""
     crop_fraction = getattr(model_cfg, "crop_fraction", 1.0)        # of a classifier
-    train_set = build_dataset(cfg, "train", None, crop_fraction)
-    val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction)
+    masks = getattr(model_cfg, "masks", False)                      # of a detector
+    train_set = build_dataset(cfg, "train", frozen_classes(cfg), crop_fraction, masks)
+    val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction, masks)
     if cfg.kind == "coco" and train_set.crowd.all():
         raise UserError(f"{train_set.source} has no annotations but crowds, there is nothing to "
                         f"learn")
@@ -396,11 +401,12 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     # TF32 in training only
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
-    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg,
-              task=CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION,
-              raw_model=raw_model, model=model, optimizer=optimizer, train_loader=train_loader,
-              val_loader=val_loader, rank=rank, world=world, device=device,
-              dtype=choose_dtype(cfg, device), interrupt=interrupt, lock=lock,
+    task = CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION
+    task = SEGMENTATION if getattr(model_cfg, "masks", False) else task
+    run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model,
+              model=model, optimizer=optimizer, train_loader=train_loader, val_loader=val_loader,
+              rank=rank, world=world, device=device, dtype=choose_dtype(cfg, device),
+              interrupt=interrupt, lock=lock,
               class_weights=class_weights(cfg.class_weights, train_set))
     if rank == 0:
         check_output_dir(cfg, raw_model)
