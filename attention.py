@@ -111,7 +111,7 @@ def effective_field(model, pixels, points, probes=4):
     """How much each pixel moves the encoder's output at points: (len(points), IH, IW), >= 0.
 
     The root of the summed squares of the derivatives of a token's C channels by a pixel's three
-    colours. Estimated from `probes` backward passes, each of a sum of the channels with random signs:
+    colours. Estimated by `probes` backward passes, each of a sum of channels with random signs:
     the squares of its derivatives have that sum as their mean. A pass costs as much as the forward
     pass. After the effective receptive fields of arXiv:1701.04128, Sec. 2.
     """

@@ -255,7 +255,7 @@ def mask_size(args):
 
 def mask_inputs(args):
     """Random input of the mask head: states (B, Q, C), memory and tokens (B, C, H, W), the maps of
-    strides 4, 8 and 16, all with gradients; targets; and pairs, the first queries to all objects."""
+    strides 4, 8 and 16, all with gradients; targets; pairs, the first queries to all objects."""
     cfg, B, (IH, IW) = MODELS[args.model], args.batch_size, mask_size(args)
     torch.manual_seed(0)
     shapes = [(B, cfg.num_queries, cfg.hidden_dim)]

@@ -236,6 +236,7 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     built_in = cfg.kind in ("shapes", "shape_classes")
     resnet = not classifier and model_cfg.backbone in RESNETS
     needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
+             "class_weights": ("no --frozen_weights", not cfg.frozen_weights),
              "val_split": ("--data or --train_json", cfg.kind == "coco"),
              "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),

@@ -255,7 +255,8 @@ def confusion_table(result, most=8, pairs=15):
     mistakes = matrix - np.diag(np.diag(matrix))
     mistakes[-1], mistakes[:, -1] = 0, 0
     lines = [f"{matrix[:-1, -1].sum()} objects are missed, {matrix[-1].sum()} detections find "
-             f"none that is left, {mistakes.sum()} have a wrong class; most frequent:"]
+             f"none that is left, {mistakes.sum()} have a wrong class"
+             + ("; most frequent:" if mistakes.any() else "")]
     for i in np.argsort(-mistakes, axis=None, kind="stable")[:pairs]:
         row, column = divmod(int(i), len(columns))
         if mistakes[row, column]:
@@ -391,10 +392,10 @@ def ap_by_layer(results, images):
 
 def layer_table(rows):
     """The rows of ap_by_layer as text."""
-    lines = ["              AP   AP50  with NMS at 0.7: AP   AP50  duplicates per image"]
+    lines = ["              AP   AP50  with NMS at 0.7: AP   AP50  pairs of duplicates per image"]
     for r in rows:
         lines.append(f"layer {r['layer']:3d}  {r['AP']:6.3f} {r['AP50']:6.3f}  {r['AP_nms']:19.3f} "
-                     f"{r['AP50_nms']:6.3f}  {r['duplicates']:20.3f}")
+                     f"{r['AP50_nms']:6.3f}  {r['duplicates']:29.3f}")
     return "\n".join(lines)
 
 
@@ -486,7 +487,8 @@ def add_flags(parser):
     """The flags of evaluate.py for what this file tells of a detector."""
     add_error_flags(parser)
     parser.add_argument("--layers", action="store_true",
-                        help="AP after every decoder layer, with suppression too, and duplicates")
+                        help="AP after every decoder layer, with suppression too, and pairs of "
+                             "duplicates")
     parser.add_argument("--queries", default="", metavar="PNG",
                         help="tell where each query looks, and draw the centres of its boxes there")
 

@@ -152,7 +152,7 @@ def evaluate(model, loader, device, dtype=torch.float32, losses_of=None, rows_of
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype, losses_of)
-    if model.cfg.masks and rows_of is detection_rows:
+    if loader.dataset.masks and rows_of is detection_rows:
         from segmentation import evaluate_masks    # here, as that file imports this one
         return evaluate_masks(model, loader, device, dtype, losses_of)
     dataset = loader.dataset
@@ -254,7 +254,7 @@ def evaluation_set(args, model, info):
     if not classifier:
         check_grid(model.cfg, cfg)
     dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0),
-                            getattr(model.cfg, "masks", False))
+                            getattr(model.cfg, "masks", False) and not args.boxes)
     if len(dataset.classes) != model.cfg.num_classes:
         raise UserError(f"{args.data} has {len(dataset.classes)} class folders, the model "
                         f"{model.cfg.num_classes} classes: all must be there, in the order of its "
@@ -279,6 +279,7 @@ def parse_args(argv):
                         help="shorter side; 0: as in training, 800")
     parser.add_argument("--max_size", type=int, default=0,
                         help="longest side; 0: as in training, 1333")
+    parser.add_argument("--boxes", action="store_true", help="the boxes of a model with masks")
     parser.add_argument("--batch_size", type=int, default=4, help="images of like shape at a time")
     parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
@@ -315,7 +316,8 @@ def main(argv=None):
         if args.layers:                              # of all layers in one pass, masks in another
             rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
             layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
-        result = layers[-1] if layers and not c.masks else evaluate(model, loader, args.device)
+        again = not layers or dataset.masks
+        result = evaluate(model, loader, args.device) if again else layers[-1]
     except UserError as error:
         raise type(error)(f"{args.checkpoint}: {error}") from None
     more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)

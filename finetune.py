@@ -194,8 +194,7 @@ def load_frozen(model, path):
     if differ:
         raise UserError(f"--frozen_weights {path} is of another detector than this run's:\n"
                         + "\n".join(differ[:20]))
-    first = f"weights  {path}, frozen but for the mask head"
-    return [first, *(f"         {line}" for line in report or ["all taken"])]
+    return [f"weights  {path}, frozen but for the mask head"]
 
 
 def frozen_classes(cfg):
@@ -256,15 +255,16 @@ def freeze(model, cfg):
 def class_weights(option, dataset):
     """The weights (K,) float32 of the classes in the loss; None without --class_weights.
 
-    "balanced": those with which each class that has objects weighs the same, 1 on average over the
-    objects. Else a JSON file {class name: weight}; a class that it does not name has 1.
+    "balanced": those with which each class that has objects weighs the same. Else a JSON file
+    {class name: weight}; a class that it does not name has 1. Either way they are brought to 1 on
+    average over the objects, so that the loss stays as large as it is without.
     """
     if not option:
         return None
     classes = dataset.classes
+    crowd = getattr(dataset, "crowd", np.zeros(len(dataset.labels), bool))
+    counts = np.bincount(np.asarray(dataset.labels)[~crowd], minlength=len(classes))
     if option == "balanced":
-        crowd = getattr(dataset, "crowd", np.zeros(len(dataset.labels), bool))
-        counts = np.bincount(np.asarray(dataset.labels)[~crowd], minlength=len(classes))
         weights = counts.sum() / np.count_nonzero(counts) / np.maximum(counts, 1)
         return torch.tensor(np.where(counts, weights, 1.0), dtype=torch.float32)
     what = '{"class name": weight, ...}, or give --class_weights balanced'
@@ -278,4 +278,5 @@ def class_weights(option, dataset):
         if type(weight) not in (int, float) or not 0 < weight < 1e6:
             raise UserError(f"{option}: the weight {weight!r} of {name!r} should be a number over "
                             f"0 and below a million")
-    return torch.tensor([float(given.get(name, 1)) for name in classes])
+    weights = np.array([given.get(name, 1) for name in classes], np.float64)
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)

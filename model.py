@@ -26,7 +26,8 @@ from checkpoint import load_weights                    # part of this file's int
 
 # --backbone: the class of each, built from a ModelConfig. A backbone has `stride` (pixels of a
 # token's side) and `num_channels`; forward takes normalised images (B, 3, IH, IW) and valid
-# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None.
+# (B, IH, IW) or None and returns the map (B, num_channels, H, W) and its valid (B, H, W) or None;
+# with cfg.masks also the finer maps, see segmentation.MaskHead.
 BACKBONES = {name: ResNet for name in RESNETS}
 BACKBONES |= {name: MetaFormerBackbone for name, cfg in METAFORMERS.items() if cfg.takes_any_size}
 
@@ -308,8 +309,9 @@ class DETR(nn.Module):
         images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW), True = image, None
         = no padding. Returns logits (L, B, Q, K+1), of which the last class is "no object", and
         boxes (L, B, Q, 4), cxcywh in [0, 1] of each image without its padding; both float32. With
-        cfg.masks also mask logits of the last layer (B, Q, H4, W4), a quarter of the images' size;
-        or (M, H4, W4) of those M that wanted(logits, boxes) gives: (image, query), each (M,).
+        cfg.masks also mask logits of the last layer (B, Q, H4, W4), a quarter of the images' size.
+        wanted: a function of (logits, boxes) that gives the indices (image, query), each (M,), of
+        the masks to compute, then (M, H4, W4); None: all.
         """
         # the image as a grid of tokens
         backbone, position = self.backbone

@@ -125,7 +125,8 @@ def describe_objects(detector, image, path, args):
         pictures["attention"] = attention_sheet(
             detector.model, detector.pixels(image), image, found, args.points, args.heads,
             args.field)
-    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, scores)) or "nothing"
+    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, scores)) or (
+        f"nothing over {detector.threshold:g}")
     return text, {"detections": rows}, pictures
 
 
@@ -249,7 +250,7 @@ def main(argv=None):
             with writing(os.path.join(args.out, name)):
                 picture.save(os.path.join(args.out, name), quality=92)
             drawn.append(name)
-        results.append({"file": path, "drawn": drawn[0], "width": image.width,
+        results.append({"file": path, "drawn": drawn[0], "pictures": drawn, "width": image.width,
                         "height": image.height, **contents})
         print(f"{path}: {text}")
     path, contents = "predictions.json", results

@@ -313,7 +313,8 @@ def share_in_detection_losses(run):
     dataset = run.val_loader.dataset
     labels = [{"labels": dataset.objects(i)[1]} for i in range(len(dataset))]
     whole = loss_normalizers(labels, run.model_cfg.num_queries)
-    return lambda outputs, targets: set_loss(*outputs, targets, run.loss_cfg, whole)
+    return lambda outputs, targets: set_loss(*outputs, targets, run.loss_cfg, whole,
+                                             run.class_weights)
 
 
 def share_in_class_losses(run):
@@ -322,7 +323,8 @@ def share_in_class_losses(run):
 
     def share(logits, targets):
         labels = torch.cat([t["labels"] for t in targets]).to(logits.device)
-        return classification_loss(logits, labels, run.loss_cfg.smoothing, whole)
+        return classification_loss(logits, labels, run.loss_cfg.smoothing, whole,
+                                   run.class_weights)
     return share
 
 
@@ -375,6 +377,7 @@ def say_best(run):
     if not os.path.exists(path):
         path, epoch, word = last, max(scores), "last"
     score = f"AP {scores[epoch]:.3f}" if detector else f"top-1 {scores[epoch]:.2f}%"
+    score = f"mask {score}" if key == "test_coco_eval_masks" else score
     lines = [f"{word}     epoch {epoch} of {cfg.epochs}, {score}, in {path}",
              f"         python evaluate.py {shlex.quote(path)}",
              f"         python predict.py {shlex.quote(path)} PHOTO.jpg"]

@@ -160,7 +160,7 @@ def segmentation_losses(run, images, valid, targets, normalizers, global_step):
     queries of the last layer alone; global_step is for classification_losses."""
     pairs = []
 
-    def matched(logits, boxes):
+    def matched(logits, boxes):                    # called once the boxes are known, before masks
         pairs.extend(match_layers(logits, boxes, targets, run.loss_cfg))
         return matched_queries(pairs[-1])
 
@@ -204,7 +204,7 @@ def share_in_segmentation_losses(run):
     def share(outputs, targets):
         logits, boxes, masks = outputs
         pairs = match_layers(logits, boxes, targets, cfg)
-        losses = set_loss(logits, boxes, targets, cfg, whole, pairs=pairs)
+        losses = set_loss(logits, boxes, targets, cfg, whole, run.class_weights, pairs)
         image, query = matched_queries(pairs[-1])
         return add_mask_losses(losses, masks[image, query], pairs, targets, cfg, whole)
     return share
@@ -328,7 +328,8 @@ def annotation_file(dataset):
     labels = dataset.json_path
     if getattr(labels, "reader", None):
         raise UserError(f"--masks: {labels} is in {dataset.format_name} format, of which boxes "
-                        f"alone are read: give a COCO file with segmentations")
+                        f"alone are read: give a COCO file with segmentations (evaluate.py "
+                        f"--boxes leaves masks out)")
     return str(getattr(labels, "path", labels))
 
 

@@ -496,7 +496,8 @@ def parse_args(argv):
     add("--list", action="store_true", help="parts and arms; nothing is run")
     add("--seeds", type=int, default=3, help="1 to N, default 3")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: all cores")
-    add("--epochs", type=int, default=10, help="of arms without their own, default 10")
+    add("--epochs", type=int, default=PRESETS["shapes"]["epochs"],
+        help="of arms without their own; default: those of the shapes' preset, %(default)s")
     add("--bccd", default="", help="S7: annotations/instances_{train,val}.json, train/, val/")
     add("--output_dir", default="study", help="folder of the runs")
     add("--assets", type=Path, default="assets", help="folder of study.json and the pictures")

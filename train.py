@@ -362,7 +362,7 @@ def continue_run(run, state):
         run.epoch, run.step, run.epoch_sums = state["epoch"], state["step"], state["sums"]
         run.best_score, run.damaged = state["best_score"], state["damaged"]
         where = f" at epoch {run.epoch + 1}, step {run.step}" if run.epoch < cfg.epochs else ""
-        say(run, f"resumed {where}", *state["notes"], sep="\n         ")
+        say(run, f"resumed {where}".rstrip(), *state["notes"], sep="\n         ")
     if run.rank == 0:
         truncate_logs(cfg.output_dir, run.epoch, run.step, bool(state))
     done = run.epoch * steps + run.step
