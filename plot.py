@@ -30,12 +30,16 @@ from coco_eval import UserError, UserFileError, check_output, run_command, writi
 PANELS = {
     ("detector", "log.txt"): ("class_error", "loss", "loss_bbox", "loss_giou", "AP50", "AP"),
     ("detector", "steps.txt"): ("class_error", "loss", "loss_bbox", "loss_giou", "grad_norm", "lr"),
+    ("masks", "log.txt"): ("loss_mask", "loss_dice", "AP_masks"),
+    ("masks", "steps.txt"): ("loss_ce", "loss_mask", "loss_dice"),
     ("classifier", "log.txt"): ("loss", "top1", "top5"),
     ("classifier", "steps.txt"): ("loss", "class_error", "grad_norm")}
 TITLES = {
     "class_error": "class error, %", "loss": "loss (weighted sum)",
     "loss_bbox": "loss_bbox (L1 of cx, cy, w, h in image sides)",
-    "loss_giou": "loss_giou (1 - generalised IoU)", "AP50": "AP50",
+    "loss_giou": "loss_giou (1 - generalised IoU)", "loss_ce": "loss_ce (cross-entropy)",
+    "loss_mask": "loss_mask (focal loss of pixels)", "loss_dice": "loss_dice",
+    "AP50": "AP50", "AP_masks": "AP of masks",
     "AP": "AP (mean over IoU 0.50 to 0.95)", "grad_norm": "norm of the gradient",
     "lr": "learning rate", "top1": "top-1, %", "top5": "top-5, %"}
 
@@ -51,6 +55,8 @@ def read_record(line, number, file):
     r.update({k.removesuffix("_unscaled"): v for k, v in r.items() if k.endswith("_unscaled")})
     if "test_coco_eval_bbox" in r:
         r["test_AP"], r["test_AP50"] = r["test_coco_eval_bbox"][:2]
+    if "test_coco_eval_masks" in r:
+        r["test_AP_masks"] = r["test_coco_eval_masks"][0]
     if "test_acc1" in r:
         r["test_top1"], r["test_top5"] = r["test_acc1"], r["test_acc5"]
         r["train_top1"] = 100 - r.get("train_class_error", np.nan)
@@ -208,11 +214,13 @@ def main(argv=None):
     if os.path.splitext(args.out)[1][1:].lower() not in ("", *known):
         raise UserError(f"--out {args.out} should end in .png or .svg")
 
-    # a colour for each arm; detectors and classifiers have panels of their own
-    kinds = {"detector": {}, "classifier": {}}
+    # a colour for each arm; detectors, their masks and classifiers have panels of their own
+    kinds = {"detector": {}, "masks": {}, "classifier": {}}
     for k, (name, paths) in enumerate(group(args.logs).items()):
         runs = [[r for r in read_log(path, file) if r["x"] <= args.epochs] for path in paths]
         kinds["detector" if is_detector(runs) else "classifier"][name] = f"C{k}", runs
+    kinds["masks"] = {name: (color, runs) for name, (color, runs) in kinds["detector"].items()
+                      if any("train_loss_mask" in r for run in runs for r in run)}
     panels = [(key, arms) for kind, arms in kinds.items() if arms for key in PANELS[kind, file]]
 
     rows = len(panels) // 3

@@ -4815,6 +4815,10 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
                                     test_loss=2.0, test_acc1=50.0, test_acc5=75.0)])
     write_log("pool/steps.txt", [dict(epoch=e, step=s, loss=1.0, class_error=2.0, grad_norm=3.0)
                                  for e in (0, 1) for s in (30, 40)])
+    masks = dict(train_loss=1.0, train_loss_mask=0.5, train_loss_dice=2.0,
+                 test_coco_eval_bbox=[0.1] * 12, test_coco_eval_masks=[0.3] * 12)
+    write_log("masks.txt", [masks])
+    assert plot.read_log("masks.txt")[0]["test_AP_masks"] == 0.3
     for path in ("detr.txt", "r50.txt.gz"):
         last = plot.read_log(path)[-1]
         assert [last[k] for k in ("x", "test_AP", "test_AP50", "train_loss_bbox")] == [
@@ -4823,7 +4827,7 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
     assert [record[k] for k in ("x", "test_top1", "test_top5", "train_top1")] == [5, 50, 75, 40]
     assert [r["x"] for r in plot.read_log("pool", "steps.txt")] == [0.75, 1, 1.75, 2]
     for options, height in ((["detr.txt", "r50.txt.gz", "pool"], 3), (["pool", "--steps"], 1),
-                            (["detr.txt", "--epochs", "1"], 2)):
+                            (["detr.txt", "--epochs", "1"], 2), (["detr.txt", "masks.txt"], 3)):
         plot.main([*options, "--out", "both.png"])
         assert Image.open("both.png").height == height * 480      # rows for each kind
     write_log("odd.txt", [{"loss": 1}])
