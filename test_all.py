@@ -4624,6 +4624,19 @@ def test_validation_losses_are_those_of_one_batch_of_all_images(batch_size):
                                                 class_error=100 * wrong.mean().item()), rel=1e-5)
 
 
+def test_class_weights_count_in_the_validation_losses_too():
+    dataset, weights = shapes_of_which_one_is_empty(), torch.tensor([0.2, 3.0, 1.0])
+    images, _, targets = collate([dataset[i] for i in range(4)])
+    model = mixer_model("pool", "frozen").eval()
+    weights = F.pad(weights, (0, model.cfg.num_classes - 3), value=1.0)
+    job = run_of(model, None)
+    job.class_weights, job.val_loader = weights, SimpleNamespace(dataset=dataset)
+    outputs = model(images)
+    share = job.task.validation_losses(job)(outputs, targets)
+    assert_close(share["loss_ce"], set_loss(*outputs, targets, class_weights=weights)["loss_ce"])
+    assert not torch.allclose(share["loss_ce"], set_loss(*outputs, targets)["loss_ce"])
+
+
 def test_validation_losses_are_the_same_at_1_2_and_3_ranks(ranks):
     expected = validation_losses(2)                               # 2 batches: rank 2 of 3 has none
     for saved in ranks[0].values():
