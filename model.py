@@ -48,8 +48,9 @@ class ModelConfig:
     backbone_norm: Annotated[str, "of a ResNet; frozen with pretrained weights", NORMS] = "frozen"
     dilation: Annotated[bool, "last stage dilated instead of strided (DC5)"] = False
     position_embedding: Annotated[str, "of the tokens", ("sine", "learned")] = "sine"
-    positions: Annotated[str, "where tokens get theirs: in the attention of each encoder layer, or "
-                              "added once to the encoder's input", ("layers", "input")] = "layers"
+    positions: Annotated[str, "where tokens get theirs: in the attention of each encoder layer, "
+                              "added once to the encoder's input, or not in the encoder",
+                         ("layers", "input", "none")] = "layers"
     position_temperature: Annotated[float, "of sine positions; low suits small grids"] = 10000.0
     enc_layers: Annotated[int, "encoder layers", 0] = 6
     dec_layers: Annotated[int, "decoder layers", 1] = 6
@@ -251,11 +252,9 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def forward(self, x, pos, query_pos, valid, grid):
-        if self.positions == "input":
-            memory = self.encoder(x + pos, None, valid, grid)
-        else:
-            memory = self.encoder(x, pos, valid, grid)
-        # either way the cross-attention adds pos to its keys, and query_pos goes to every layer
+        x = x + pos if self.positions == "input" else x
+        memory = self.encoder(x, pos if self.positions == "layers" else None, valid, grid)
+        # in any case the cross-attention adds pos to its keys, and query_pos goes to every layer
         return self.decoder(query_pos, memory, pos, valid), memory
 
 

@@ -90,6 +90,8 @@ PARTS = {
             **arms("enc", ("attention", "avgpool", "pool"), "--mixer_scale 1e-5", "-scale")},
         "positions at the input": arms("enc", ("attention", "avgpool", "identity", "none", "conv"),
                                        "--positions input", "-input"),
+        "no positions in the encoder": {"attention": "", "enc-none": "--encoder_mixer none",
+                                        "attention-blind": "--positions none"},
         "half the learning rate": arms("enc", FEW[:3], rates(0.5), "-half"),
         "twice the learning rate": arms("enc", FEW[:3], rates(2), "-twice")}),
     "S3": Part("Is there a task in which the mixing matters?", {
@@ -216,6 +218,16 @@ def start(job):
             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def end_of(job, poll):
+    """Whether the run has ended; adds the processor time of one that has to its cpu_seconds.txt."""
+    before = sum(os.times()[2:4])                  # of all children that have ended
+    if poll() is None:
+        return False
+    with open(job.folder / "cpu_seconds.txt", "a") as file:
+        print(sum(os.times()[2:4]) - before, file=file)
+    return True
+
+
 def report_end(job, code):
     """Prints how a run has ended; returns whether it is finished."""
     if code == 0:
@@ -242,15 +254,15 @@ def run_jobs(jobs, at_once):
                 going.append((waiting[0], start(waiting[0])))
                 del waiting[0]
             time.sleep(0.1)
-            ended = [(job, process) for job, process in going if process.poll() is not None]
+            ended = [(job, process) for job, process in going if end_of(job, process.poll)]
             going = [pair for pair in going if pair not in ended]
             failed += [job for job, process in ended if not report_end(job, process.returncode)]
     except KeyboardInterrupt:
         print(f"stopping {len(going)} run(s); the same command continues", flush=True)
         for _, process in going:
             process.send_signal(signal.SIGTERM)
-        for _, process in going:
-            process.wait()
+        for job, process in going:
+            end_of(job, process.wait)
         raise
     return failed
 
@@ -264,20 +276,19 @@ def read_lines(path):
 def read_results(job):
     """The numbers and curves of a finished run, as a dict for study.json.
 
-    Scores are those after the last epoch, not the best. "seconds": from the first step to the last,
-    with the evaluations between them.
+    Scores are those after the last epoch, not the best. "seconds": of a processor, as other work on
+    the machine counts in any other; with the evaluations, and of all sittings.
     """
     epochs, steps = read_lines(job.folder / "log.txt"), read_lines(job.folder / "steps.txt")
     tested = [r for r in epochs if "test_coco_eval_bbox" in r]
     ap, ap50, ap75 = zip(*(r["test_coco_eval_bbox"][:3] for r in tested))
     steps_per_epoch = max(r["step"] for r in steps)
-    elapsed = [r["elapsed_s"] for r in steps] + [0]                  # from 0 in every sitting
     curves = {"epoch": [r["epoch"] + 1 for r in tested], "AP": ap, "AP50": ap50}
     for name in ("loss", "class_error", "loss_bbox_unscaled", "loss_giou_unscaled"):
         curves[name] = [r[f"train_{name}"] for r in tested]
     return {"AP": ap[-1], "AP50": ap50[-1], "AP75": ap75[-1],
             "step_at_half": step_at(ap50, [e * steps_per_epoch for e in curves["epoch"]]),
-            "seconds": sum(a for a, b in zip(elapsed, elapsed[1:]) if b < a),
+            "seconds": sum(map(float, (job.folder / "cpu_seconds.txt").read_text().split())),
             "parameters": epochs[-1]["n_parameters"], "options": shlex.join(job.options),
             "commit": "+".join(dict.fromkeys((job.folder / "commits.txt").read_text().split())),
             "curves": {k: [float(f"{v:.4g}") for v in curve] for k, curve in curves.items()}}
@@ -496,8 +507,7 @@ def parse_args(argv):
     add("--list", action="store_true", help="parts and arms; nothing is run")
     add("--seeds", type=int, default=3, help="1 to N, default 3")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: all cores")
-    add("--epochs", type=int, default=PRESETS["shapes"]["epochs"],
-        help="of arms without their own; default: those of the shapes' preset, %(default)s")
+    add("--epochs", type=int, default=8, help="of arms without their own; default: %(default)s")
     add("--bccd", default="", help="S7: annotations/instances_{train,val}.json, train/, val/")
     add("--output_dir", default="study", help="folder of the runs")
     add("--assets", type=Path, default="assets", help="folder of study.json and the pictures")

@@ -1400,6 +1400,21 @@ def test_positions_at_the_input_are_added_once_to_the_tokens_and_to_the_keys_tha
     assert not torch.allclose(layers(x, pos, query_pos, valid, grid)[0], expected, atol=1e-3)
 
 
+def test_without_positions_the_order_of_tokens_is_nothing_to_the_encoder_with_attention():
+    torch.manual_seed(0)
+    x, pos, query_pos = torch.randn(1, 15, 16), torch.randn(1, 15, 16), torch.randn(5, 16)
+    order, alike = torch.randperm(15), {}
+    for positions in ("none", "layers"):
+        net = Transformer(small(positions=positions))
+        states, memory = net(x, pos, query_pos, None, (3, 5))
+        moved = net(x[:, order], pos, query_pos, None, (3, 5))[1]
+        alike[positions] = torch.allclose(moved, memory[:, order], atol=1e-5)
+        if positions == "none":                    # the keys of the cross-attention have theirs
+            assert_close(states, net.decoder(query_pos, memory, pos, None))
+            assert not torch.allclose(states, net.decoder(query_pos, memory, 0 * pos, None))
+    assert alike == {"none": True, "layers": False}
+
+
 def test_a_bias_of_two_dimensions_starts_at_0():
     net = tiny(0, mixer="mlp").transformer
     assert not any(layer.self_attn.b2.any() for layer in net.encoder.layers + net.decoder.layers)
@@ -3814,7 +3829,7 @@ def test_class_weights_by_hand():
     ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
     ("--scenes twin", ["--scenes twin is unknown, did you mean twins?"]),
     ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
-    ("--positions somewhere", ["--positions somewhere", "layers, input"]),
+    ("--positions somewhere", ["--positions somewhere", "layers, input, none"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
     ("--schedule cosine --lr 1e-3 --min_lr 1", ["no effect here: --min_lr (needs"]),
     ("--backbone poolformer_s12 --backbone_norm batch", ["no effect here: --backbone_norm"]),
@@ -5890,6 +5905,7 @@ def test_study_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys):
     assert going.returncode == 130 and "stopping 1 run(s)" in out, out + errors
     state = checkpoint(folder / "ckpt.pt")
     assert state["epoch"] == 0 and 0 < state["step"] < 500
+    assert float((folder / "cpu_seconds.txt").read_text()) > 0
 
     # the run that the same command starts
     job = study.make_jobs(["S4"], study.parse_args(words))[0]
@@ -5902,10 +5918,10 @@ def test_study_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys):
 
 def test_study_counts_the_seconds_of_all_sittings(tmp_path):
     job = study.Job("pool", 1, tmp_path, ["--seed", "1"], False)
-    elapsed = [1.0, 2, 3, 0.5, 1.5, 1.0]                              # stopped at 3, again at 1.5
+    Path("cpu_seconds.txt").write_text("4.0\n1.5\n")
     with open("steps.txt", "w") as file:
-        for step, seconds in enumerate(elapsed):
-            print(json.dumps({"step": step % 3 + 1, "elapsed_s": seconds}), file=file)
+        for step in (1, 2, 3) * 2:
+            print(json.dumps({"step": step}), file=file)
     names = "loss", "class_error", "loss_bbox_unscaled", "loss_giou_unscaled"
     with open("log.txt", "w") as file:
         for epoch, ap50 in enumerate((0.25, 0.75)):
