@@ -708,7 +708,7 @@ def bench_sizes(args):
     for name, mixer in rows:
         model = build_model(name, mixer=mixer).eval()
         model = model.to(args.device, memory_format=torch.channels_last)
-        h, w = (64, 64) if name == "detr_tiny" else (args.height or 480, args.width or 640)
+        h, w = (64, 64) if name.endswith("_tiny") else (args.height or 480, args.width or 640)
         images = torch.randint(256, (1, 3, h, w), dtype=torch.uint8, device=args.device)
         run = torch.inference_mode()(lambda: model(images))
         macs = count_flops(run) // 2

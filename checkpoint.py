@@ -102,8 +102,10 @@ def official_fields(path, state, dilation):
     DC5 from the file's name or `dilation`."""
     weights = state.get("model", state) if isinstance(state, dict) else {}
     weights = {k.removeprefix("detr."): v for k, v in weights.items()}
-    dims = {"class_embed.bias": 1, "query_embed.weight": 2,
-            "transformer.decoder.layers.0.linear1.weight": 2}
+    demo = "query_pos" in weights                                    # see detr_demo.py
+    classes, queries, body = (("linear_class.bias", "query_pos", "backbone.") if demo else
+                              ("class_embed.bias", "query_embed.weight", "backbone.0.body."))
+    dims = {classes: 1, queries: 2, "transformer.decoder.layers.0.linear1.weight": 2}
     if any(getattr(weights.get(name), "ndim", None) != dim for name, dim in dims.items()):
         raise UserError(f"{path} holds no detector: give a checkpoint of train.py or an officially "
                         f"released DETR file, or a classifier's with --model NAME")
@@ -112,9 +114,9 @@ def official_fields(path, state, dilation):
         return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
 
     args = state.get("args")                                         # of training checkpoints
-    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in weights
+    bottleneck = f"{body}layer1.0.conv3.weight" in weights
     backbone = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50",
-                (True, 23): "resnet101"}.get((bottleneck, count("backbone.0.body.layer3.")), "")
+                (True, 23): "resnet101"}.get((bottleneck, count(f"{body}layer3.")), "")
     ff, C = weights["transformer.decoder.layers.0.linear1.weight"].shape
     return dict(
         backbone=backbone, hidden_dim=C, dim_feedforward=ff, nheads=getattr(args, "nheads", 8),
@@ -122,9 +124,9 @@ def official_fields(path, state, dilation):
         position_embedding="learned" if "backbone.1.row_embed.weight" in weights else "sine",
         enc_layers=count("transformer.encoder.layers."),
         dec_layers=count("transformer.decoder.layers."),
-        pre_norm="transformer.encoder.norm.weight" in weights,
-        num_queries=len(weights["query_embed.weight"]),
-        num_classes=len(weights["class_embed.bias"]) - 1, masks="mask_head.lay1.weight" in weights)
+        pre_norm="transformer.encoder.norm.weight" in weights and not demo, demo=demo,
+        num_queries=len(weights[queries]), num_classes=len(weights[classes]) - 1,
+        masks="mask_head.lay1.weight" in weights)
 
 
 def rename_official_keys(state):
@@ -203,7 +205,8 @@ def load_weights(model, source, strict=True):
     # which part of the model the file is for, and in which names
     target, state = model, {k.removeprefix("detr."): v for k, v in state.items()}
     if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
-        target = model.backbone[0].body                             # a classifier's
+        demo = model.cfg.demo                                       # this one's is a classifier's
+        target = model.backbone if demo else model.backbone[0].body
     if isinstance(target, MetaFormer):
         state = rename_official_keys(state)
         config = upgraded(file).get("model_config", {})
@@ -227,7 +230,8 @@ def load_weights(model, source, strict=True):
                     f"model, newly initialised")
             by_design = False
         by_design |= key.endswith("num_batches_tracked")
-        may_differ = not strict and (key.startswith(("class_embed.", "head.", *MASK_PARTS))
+        may_differ = not strict and (key.startswith(("class_embed.", "linear_class.", "head.",
+                                                     *MASK_PARTS))
                                      or ".self_attn." in key or ".token_mixer." in key
                                      or key.endswith(".mixer_scale"))
         (report if by_design or may_differ else faults).append(line)

@@ -18,6 +18,7 @@ from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
 from checkpoint import config_of, read_run
 from model import BACKBONES, MODELS, ModelConfig, build_model
+from detr_demo import UNUSED_OPTIONS
 from finetune import check_freeze
 from losses import LossConfig
 
@@ -157,7 +158,7 @@ def parse_options(argv, description):
     # the data set says how many classes; only a detector takes stages out of a classifier
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
     return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
-                        hidden=("num_classes", "out_stages"))
+                        hidden=("num_classes", "out_stages", "demo"))
 
 
 def make_configs(given):
@@ -228,6 +229,9 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
         known -= DETECTOR_ONLY_OPTIONS
         remedy = ("classifier, which has --mixers for --mixer, and --finetune for "
                   "--backbone_weights")
+    elif model_cfg.demo:
+        known -= set(UNUSED_OPTIONS)
+        remedy = "detector of fixed parts: see detr_demo.py"
     else:
         remedy = "detector, which has --mixer"
     wrong = [f"--{name}" for name in given if name not in known]

@@ -60,6 +60,10 @@ def check_fits(path, options, model):
     if detector and isinstance(model, MetaFormer):
         raise UserError(f"--finetune {path} holds a detector, --model is a classifier: give a "
                         f"--model such as detr_r50, or a classifier's checkpoint")
+    if detector and options.get("demo", False) != model.cfg.demo:
+        theirs, ours = ("a DETR", "detr_demo") if model.cfg.demo else ("a detr_demo", "a DETR")
+        raise UserError(f"--finetune {path} holds {theirs}, this model is {ours}: give the --model "
+                        f"of the file")
     names = list(DETECTOR_OPTIONS if detector else CLASSIFIER_OPTIONS)
     if options.get("backbone") in METAFORMERS:
         names.append("backbone_stage")
@@ -82,7 +86,7 @@ def flag(name, value):
 def keep_queries(own, state):
     """Makes the file's queries as many as the model's: the first ones, then the model's. Returns
     lines for the banner. own: the model's state dict, state: the file's, which is changed."""
-    key = "query_embed.weight"
+    key = "query_pos" if "query_pos" in own else "query_embed.weight"
     if key not in own or key not in state or own[key].shape[1:] != state[key].shape[1:] or (
             len(own[key]) == len(state[key])):
         return []
@@ -95,12 +99,12 @@ def keep_queries(own, state):
 def keep_classes(own, state, classes, their_classes):
     """Gives each class of the model the row of the file's class head that has its name; the others
     are newly initialised. Arguments and result as of keep_queries."""
-    heads = [key for key in own if key.startswith(("class_embed.", "head.fc2.", "head.weight",
-                                                   "head.bias"))]
+    heads = [key for key in own if key.startswith(("class_embed.", "linear_class.", "head.fc2.",
+                                                   "head.weight", "head.bias"))]
     heads = [key for key in heads if key in state and own[key].shape[1:] == state[key].shape[1:]]
     if not heads or their_classes == classes:
         return []
-    no_object = heads[0].startswith("class_embed.")
+    no_object = not heads[0].startswith("head.")                     # a detector's
     if their_classes is None:                      # a released file that does not name its classes
         if own[heads[0]].shape != state[heads[0]].shape:
             for key in heads:
@@ -143,7 +147,7 @@ def load_finetune(model, path, classes):
     check_fits(path, options, model)
 
     # the state dict as if it were of this model; load_weights lets the mixers differ, too
-    lines, both_detect = [], hasattr(model, "query_embed") and "num_queries" in options
+    lines, both_detect = [], hasattr(model, "transformer") and "num_queries" in options
     try:
         if options and (both_detect or isinstance(model, MetaFormer)):
             own, state = model.state_dict(), file.get("model", file)
@@ -210,9 +214,11 @@ def frozen_classes(cfg):
     return official_classes(official_fields(cfg.frozen_weights, state, False)["num_classes"])
 
 
-# --freeze: the modules of each part of a DETR
-PARTS = {"backbone": ("backbone",), "encoder": ("input_proj", "transformer.encoder"),
-         "decoder": ("transformer.decoder", "query_embed"), "heads": ("class_embed", "bbox_embed")}
+# --freeze: the modules and parameters of each part, of DETR and of detr_demo.py
+PARTS = {"backbone": ("backbone",),
+         "encoder": ("input_proj", "conv", "row_embed", "col_embed", "transformer.encoder"),
+         "decoder": ("transformer.decoder", "query_embed", "query_pos"),
+         "heads": ("class_embed", "bbox_embed", "linear_class", "linear_bbox")}
 
 
 def check_freeze(cfg):
@@ -242,8 +248,10 @@ def freeze(model, cfg):
             modules = [module for name, module in model.named_children() if name != "head"]
             frozen = [p for p in model.parameters() if p not in head]
         else:
-            modules = [model.get_submodule(name) for name in PARTS[part]]
-            frozen = [p for module in modules for p in module.parameters()]
+            names = PARTS[part]
+            modules = [module for name, module in model.named_modules() if name in names]
+            frozen = [p for name, p in model.named_parameters() if name in names]
+            frozen += [p for module in modules for p in module.parameters()]
         for p in frozen:
             p.requires_grad_(False)
         for module in modules:

@@ -22,6 +22,7 @@ from coco_eval import UserError                        # a ValueError, printed a
 from options import check_options, nearest
 from resnet import NORMS, RESNETS, Normalise, ResNet
 from metaformer import METAFORMERS, MetaFormer, MetaFormerBackbone, MetaFormerConfig
+from detr_demo import DETRDemo
 from checkpoint import load_weights                    # part of this file's interface
 
 # --backbone: the class of each, built from a ModelConfig. A backbone has `stride` (pixels of a
@@ -62,6 +63,7 @@ class ModelConfig:
     pre_norm: Annotated[bool, "normalise before each block instead of after it"] = False
     num_classes: Annotated[int, "classes K without no-object; data sets set it", 1] = 91
     masks: Annotated[bool, "predict masks, too: see segmentation.py"] = False
+    demo: Annotated[bool, "the detector of detr_demo.py; --model sets it"] = False
 
     def __post_init__(self):
         check_options(self)
@@ -347,6 +349,10 @@ MODELS = {
     "detr_r50_dc5": ModelConfig(dilation=True, grid_rows=84, grid_cols=84),
     "detr_r101": ModelConfig(backbone="resnet101"),
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True, grid_rows=84, grid_cols=84),
+    "detr_demo": ModelConfig(demo=True),                            # see detr_demo.py
+    "detr_demo_tiny": ModelConfig(
+        demo=True, backbone="resnet_tiny", backbone_norm="batch", hidden_dim=96, nheads=4,
+        dim_feedforward=256, enc_layers=2, dec_layers=3, num_queries=12, dropout=0.0),
     **METAFORMERS,
 }
 MODELS |= {f"{name}_panoptic": replace(MODELS[name], masks=True, num_classes=250)
@@ -364,4 +370,6 @@ def build_model(config, **overrides):
             raise UserError(f"model {config} is unknown, {nearest(config, MODELS)}")
         config = MODELS[config]
     config = replace(config, **overrides)
-    return MetaFormer(config) if isinstance(config, MetaFormerConfig) else DETR(config)
+    if isinstance(config, MetaFormerConfig):
+        return MetaFormer(config)
+    return DETRDemo(config, BACKBONES[config.backbone](config)) if config.demo else DETR(config)
