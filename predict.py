@@ -206,6 +206,9 @@ def build_describe(args):
             if value:
                 raise UserError(f"--{flag} is for detectors, {args.checkpoint} holds a classifier")
         return lambda image, path: describe_classes(model, info, image, path, args), None
+    if args.attention and model.cfg.demo:
+        raise UserError(f"--attention draws the layers of model.py, {args.checkpoint} holds a "
+                        f"detr_demo, whose layers are torch's")
     threshold = args.threshold
     if threshold is None:
         threshold = 0.85 if args.panoptic else 0.7

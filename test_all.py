@@ -39,6 +39,7 @@ predict.py, attention.py    what a network looks at     -k "attention or field o
 bench.py                    and what makes it fast      -k "bench or lever"
 segmentation.py             masks, panoptic, training   -k "mask or panoptic"
 study.py, study_probes.py                               -k study
+detr_demo.py                the listing of the paper    -k demo
 """
 
 import argparse
@@ -6015,3 +6016,229 @@ def test_study_pictures(tmp_path):
             for m in ("attention", "both-pool") for b in (4, 16)]
     plot.plot_noise(rows, "b.png")
     assert Image.open("a.png").width > 800 and Image.open("b.png").width > 500
+
+
+# -- detr_demo.py --------------------------------------------------------------------------------
+
+DEMO_TINY = dict(hidden_dim=32, nheads=4, dim_feedforward=24, num_queries=5, num_classes=3)
+DEMO = [*"""--model detr_demo_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
+    --dec_layers 2 --image_size 32 --batch_size 4 --eval_batch_size 4 --warmup_steps 2 --log_every 1
+    --num_workers 0 --device cpu --seed 1""".split()]
+DEMO_SHAPES = [*DEMO, "--train_shapes", "12", "--val_shapes", "6", "--epochs", "1"]
+
+
+def demo_weight(key, shape):
+    """A named weight; queries, rows and columns so large that they tell places apart."""
+    scale = math.sqrt(shape[1]) if key in ("query_pos", "row_embed", "col_embed") else 1
+    return torch.tensor(named_weight(key, shape) * scale, dtype=torch.float32)
+
+
+def demo_shapes(C=256, layers=6):
+    """Names and shapes of the published file, without the counters of its batch norms; C and
+    layers: of a smaller one."""
+    def norm(name, C, parts):
+        return {f"{name}.{part}": (C,) for part in parts}
+
+    affine, statistics = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var")
+    shapes = {"query_pos": (100, C), "row_embed": (50, C // 2), "col_embed": (50, C // 2),
+              "conv.weight": (C, 2048, 1, 1), "conv.bias": (C,),
+              "linear_class.weight": (92, C), "linear_class.bias": (92,),
+              "linear_bbox.weight": (4, C), "linear_bbox.bias": (4,)}
+    for side, attentions in (("encoder", ["self_attn"]),
+                             ("decoder", ["self_attn", "multihead_attn"])):
+        shapes |= norm(f"transformer.{side}.norm", C, affine)
+        for k in range(layers):
+            layer = f"transformer.{side}.layers.{k}"
+            shapes |= {f"{layer}.linear1.weight": (2048, C), f"{layer}.linear1.bias": (2048,),
+                       f"{layer}.linear2.weight": (C, 2048), f"{layer}.linear2.bias": (C,)}
+            for name in attentions:
+                shapes |= {f"{layer}.{name}.in_proj_weight": (3 * C, C),
+                           f"{layer}.{name}.in_proj_bias": (3 * C,),
+                           f"{layer}.{name}.out_proj.weight": (C, C),
+                           f"{layer}.{name}.out_proj.bias": (C,)}
+            for n in range(len(attentions) + 1):
+                shapes |= norm(f"{layer}.norm{n + 1}", C, affine)
+
+    # ResNet-50: four stages of bottlenecks
+    shapes |= {"backbone.conv1.weight": (64, 3, 7, 7)} | norm("backbone.bn1", 64, statistics)
+    cin = 64
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        width = 64 * 2 ** stage
+        for k in range(depth):
+            block = f"backbone.layer{stage + 1}.{k}"
+            convs = [("conv1", "bn1", width, cin, 1), ("conv2", "bn2", width, width, 3),
+                     ("conv3", "bn3", 4 * width, width, 1)]
+            if k == 0:
+                convs.append(("downsample.0", "downsample.1", 4 * width, cin, 1))
+            for conv, bn, out, into, side in convs:
+                shapes[f"{block}.{conv}.weight"] = (out, into, side, side)
+                shapes |= norm(f"{block}.{bn}", out, statistics)
+            cin = 4 * width
+    return shapes
+
+
+def test_demo_has_the_names_and_shapes_of_the_published_file():
+    shapes = demo_shapes()
+    # the file's 83 MB: of two bytes each, with the running means and variances of the batch norms
+    assert len(shapes) == 458 and sum(map(math.prod, shapes.values())) == 41_459_616 + 2 * 26_560
+    with torch.device("meta"):                                       # nothing is allocated
+        state = {key: torch.empty(shape, dtype=torch.half) for key, shape in shapes.items()}
+        model = build_model("detr_demo")
+        fields_of = checkpoint_py.official_fields("demo.pth", state, False)
+        assert ModelConfig(**fields_of) == model.cfg == MODELS["detr_demo"]
+        refused("--mixer pool is no option of detr_demo", build_model, "detr_demo", mixer="pool")
+        dilated = ModelConfig(**checkpoint_py.official_fields("demo.pth", state, True))
+        refused("--dilation True is no option of detr_demo", build_model, dilated)
+    assert {key: tuple(v.shape) for key, v in model.state_dict().items()} == shapes
+
+
+def test_demo_computes_what_the_listing_does():
+    """The numbers: of the notebook's DETRdemo(91, 64, 8, 2, 2) with torchvision's ResNet-50."""
+    state = {key: demo_weight(key, shape) for key, shape in demo_shapes(64, 2).items()}
+    counters = [key for key in state if key.endswith("running_mean")]
+    state |= {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
+              for key in counters}
+    torch.save(state, "demo.pth", _use_new_zipfile_serialization=False)      # as published
+    model, info = evaluate.load_model("demo.pth")
+    assert len(info["classes"]) == 91 and info["classes"][1] == "person"
+    with torch.no_grad():
+        logits, boxes = model.eval()(named_image("r50.image0", 160, 224)[None])
+    assert logits.shape == (2, 1, 100, 92) and boxes.shape == (2, 1, 100, 4)
+    assert_close(logits[-1, 0, 0:41:40, ::18], torch.tensor(
+        [[0.5695828, -0.6251472, -0.0220511, -0.4979154, -0.0681631, 0.5015231],
+         [-0.5748883, -0.7204987, 0.4383725, -0.5562516, 0.2634492, 0.1739219]]), atol=1e-4, rtol=0)
+    assert_close(boxes[-1, 0, 0:41:40], torch.tensor(
+        [[0.2513506, 0.3774506, 0.4519395, 0.3891825],
+         [0.5094122, 0.6313447, 0.3323879, 0.2906648]]), atol=1e-5, rtol=0)
+
+
+def demo_by_hand(model, map_):
+    """Logits (L, Q, K+1) and boxes (L, Q, 4) of one image by the formulas, of a backbone's map
+    (1, C, H, W) without padding."""
+    w, nh = model.state_dict(), model.cfg.nheads
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"transformer.{name}.weight"] + w[f"transformer.{name}.bias"]
+
+    def attend(queries, keys, name):
+        C, heads = queries.shape[1], []
+        weights, biases = (w[f"transformer.{name}.in_proj_{part}"].split(C)
+                           for part in ("weight", "bias"))
+        q, k, v = (x @ weight.T + bias
+                   for x, weight, bias in zip((queries, keys, keys), weights, biases))
+        for columns in torch.arange(C).chunk(nh):
+            scores = q[:, columns] @ k[:, columns].T / math.sqrt(C / nh)
+            heads.append(scores.softmax(1) @ v[:, columns])
+        out = f"transformer.{name}.out_proj"
+        return torch.cat(heads, 1) @ w[f"{out}.weight"].T + w[f"{out}.bias"]
+
+    def feed_forward(x, layer):
+        names = [f"transformer.{layer}.linear{k}" for k in (1, 2)]
+        y = (x @ w[f"{names[0]}.weight"].T + w[f"{names[0]}.bias"]).clamp(min=0)
+        return y @ w[f"{names[1]}.weight"].T + w[f"{names[1]}.bias"]
+
+    tokens = []
+    for r, c in itertools.product(range(map_.shape[2]), range(map_.shape[3])):
+        place = torch.cat([w["col_embed"][c], w["row_embed"][r]])
+        tokens.append(place + 0.1 * (w["conv.weight"][:, :, 0, 0] @ map_[0, :, r, c]
+                                     + w["conv.bias"]))
+    x = torch.stack(tokens)
+    for k in range(model.cfg.enc_layers):
+        layer = f"encoder.layers.{k}"
+        x = norm(x + attend(x, x, f"{layer}.self_attn"), f"{layer}.norm1")
+        x = norm(x + feed_forward(x, layer), f"{layer}.norm2")
+    memory, y, states = norm(x, "encoder.norm"), w["query_pos"], []
+    for k in range(model.cfg.dec_layers):
+        layer = f"decoder.layers.{k}"
+        y = norm(y + attend(y, y, f"{layer}.self_attn"), f"{layer}.norm1")
+        y = norm(y + attend(y, memory, f"{layer}.multihead_attn"), f"{layer}.norm2")
+        y = norm(y + feed_forward(y, layer), f"{layer}.norm3")
+        states.append(norm(y, "decoder.norm"))
+    states = torch.stack(states)
+    return (states @ w["linear_class.weight"].T + w["linear_class.bias"],
+            (states @ w["linear_bbox.weight"].T + w["linear_bbox.bias"]).sigmoid())
+
+
+@pytest.mark.parametrize("sizes", [[(64, 96), (64, 96)], [(64, 96), (48, 64)],
+                                   [(40, 96), (64, 96)]], ids=["none", "both_sides", "below"])
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+def test_demo_is_the_formulas_of_each_image_without_its_padding(sizes, mode, recwarn):
+    """In inference_mode torch computes an encoder layer in one fused kernel."""
+    torch.manual_seed(0)
+    model = build_model("detr_demo_tiny", **DEMO_TINY, backbone_norm="frozen")
+    model.load_state_dict({k: demo_weight(k, v.shape) for k, v in model.state_dict().items()})
+    samples = [(torch.randint(256, (3, *size), dtype=torch.uint8),
+                {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)})
+               for size in sizes]
+    images, valid, _ = collate(samples)
+    model.train(mode == "train")
+    with torch.inference_mode(mode == "inference"):
+        logits, boxes = model(images, valid)
+        maps, cells = model.backbone(model.normalise(images, valid), valid)
+    assert logits.shape == (3, 2, 5, 4) and boxes.shape == (3, 2, 5, 4) and not recwarn.list
+    for k, (h, w) in enumerate(sizes):
+        with torch.no_grad():
+            expected = demo_by_hand(model, maps[k:k + 1, :, :h // 8, :w // 8].clone())
+        assert cells is None or cells[k].sum() == h // 8 * (w // 8)
+        assert_close(logits[:, k], expected[0], atol=2e-5, rtol=1e-4)
+        assert_close(boxes[:, k], expected[1], atol=2e-5, rtol=1e-4)
+
+
+def test_demo_trains_every_parameter_with_the_losses_of_all_layers_or_of_the_last():
+    torch.manual_seed(0)
+    model = build_model("detr_demo_tiny", **DEMO_TINY)
+    model.load_state_dict({k: v if k.endswith("tracked") else demo_weight(k, v.shape)
+                           for k, v in model.state_dict().items()})
+    targets = [{"labels": torch.tensor([1, 2]), "boxes": named_boxes("demo", 2)}] * 2
+    logits, boxes = model(torch.randint(256, (2, 3, 16, 400), dtype=torch.uint8))  # 2 x 50 tokens
+    for aux_loss, terms in ((True, 3), (False, 1)):
+        losses = set_loss(logits, boxes, targets, LossConfig(aux_loss=aux_loss))
+        assert sum(name.startswith("loss_ce") for name in losses) == terms
+        model.zero_grad()
+        losses["loss"].backward(retain_graph=True)
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    refused("50 x 50 tokens, the image has 1 x 51", model, torch.zeros(1, 3, 8, 408))
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--mixer", "attention"], "--mixer: no option of detr_demo_tiny"),
+    (["--positions", "input", "--pre_norm"], "--positions, --pre_norm: no option of"),
+    (["--dilation", "--backbone", "resnet50"], "--dilation: no option of"),
+    (["--masks"], "--masks: no option of"),
+    (["--demo"], "--demo is no option")])
+def test_options_that_mean_nothing_to_demo_are_refused(options, words, capsys):
+    assert run(*DEMO_SHAPES, *options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_demo_runs_as_the_other_models_do(tmp_path, capsys):
+    assert run(*DEMO_SHAPES, "--output_dir", "a") == 0
+    assert run("--resume", "a/ckpt.pt", "--epochs", 2, "--num_workers", 0) == 0
+    assert run(*DEMO_SHAPES, "--epochs", 2, "--output_dir", "b") == 0
+    assert_identical(checkpoint("a/ckpt.pt")["model"], checkpoint("b/ckpt.pt")["model"])
+    numbers = evaluate_py("a/ckpt.pt", "--layers")
+    assert len(numbers["layers"]) == 2
+    Image.new("RGB", (90, 60)).save("photo.png")
+    predict.main(["a/ckpt.pt", "photo.png"])
+    refused("--attention draws", predict.main, ["a/ckpt.pt", "photo.png", "--attention"])
+    message = run(*DEMO, "--image_size", "408", "--max_size", "408", "--train_shapes", "4",
+                  "--val_shapes", "1", "--epochs", "1", "--output_dir", "large")
+    assert "50 x 50 tokens, the image has 51 x 51" in message
+
+    # other classes and more queries, from that checkpoint
+    files = coco_files(tmp_path, "train", 5, {7: "a", 9: "b"})
+    own = ["--train_json", files[1], "--train_images", files[3], "--val_json", files[1],
+           "--val_images", files[3], "--epochs", "1", "--output_dir", "own"]
+    capsys.readouterr()
+    assert run(*DEMO, *own, "--finetune", "a/ckpt.pt", "--num_queries", "15", "--no-aux_loss",
+               "--freeze", "backbone,encoder") == 0
+    text = capsys.readouterr().out
+    assert "query_pos: the first 12 of the file's 12 queries, 3 newly initialised" in text
+    assert "linear_class.bias: 0 of 2 classes are in the file" in text
+    before, after = (checkpoint(f"{name}/ckpt.pt")["model"] for name in ("a", "own"))
+    kept = {k for k in before if k.startswith(("backbone.", "conv.", "row_embed", "col_embed",
+                                               "transformer.encoder."))}
+    assert differing(before, after) == before.keys() - kept
+    message = run(*DEMO, *own[:-1], "new", "--finetune", "a/ckpt.pt", "--model", "detr_tiny")
+    assert "holds a detr_demo, this model is a DETR" in message
