@@ -205,8 +205,8 @@ def load_weights(model, source, strict=True):
     # which part of the model the file is for, and in which names
     target, state = model, {k.removeprefix("detr."): v for k, v in state.items()}
     if hasattr(model, "transformer") and not any(k.startswith("transformer.") for k in state):
-        demo = model.cfg.demo                                       # this one's is a classifier's
-        target = model.backbone if demo else model.backbone[0].body
+        # a classifier's
+        target = model.backbone if model.cfg.demo else model.backbone[0].body
     if isinstance(target, MetaFormer):
         state = rename_official_keys(state)
         config = upgraded(file).get("model_config", {})

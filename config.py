@@ -230,7 +230,7 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
         remedy = ("classifier, which has --mixers for --mixer, and --finetune for "
                   "--backbone_weights")
     elif model_cfg.demo:
-        known -= set(UNUSED_OPTIONS)
+        known -= UNUSED_OPTIONS
         remedy = "detector of fixed parts: see detr_demo.py"
     else:
         remedy = "detector, which has --mixer"

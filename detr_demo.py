@@ -1,21 +1,21 @@
-"""The detector of the DETR paper's listing: the whole of it in one class, on torch's transformer.
+"""The detector of the DETR paper's listing: one class around torch's own transformer.
 
     model = build_model("detr_demo")
     logits, boxes = model(images, valid)                # as of model.DETR
-    load_weights(model, "detr_demo-da2a99e9.pth")       # the published file; some 40 AP on COCO
+    load_weights(model, "detr_demo-da2a99e9.pth")       # the published file, some 40 AP on COCO
     python train.py --model detr_demo_tiny              # built-in shapes
 
-What makes it short: positions are learned, one vector for each row and each column, and added once,
-to the encoder's input, not in every attention; the queries are the decoder's input, and not added
-in every layer; one linear layer gives the box. The names in the state dict are the published ones.
+It differs from model.DETR in three points. Positions are learned, a vector for each row and each
+column, and added once, to the encoder's input; the attentions add none. The queries are the
+decoder's input, and no layer adds them again. A single linear layer gives the box.
 
-Two things go beyond the listing, which takes one image and predicts after the last layer: images of
-unequal size are padded, and no attention reads the padding; and every decoder layer predicts, as in
-model.DETR, so that all of them can be trained (--no-aux_loss: the last one alone).
+It differs from the listing in two. Images of unequal size can be padded to one batch: no attention
+reads the padding. And every decoder layer predicts, so that the loss can train all of them;
+--no-aux_loss trains the last one alone.
 
-Source: arXiv:2005.12872, Appendix, Listing 1; the factor 0.1 is of the notebook detr_demo.ipynb,
-which the published weights belong to. They were trained with one image per process, 700 epochs
-(facebookresearch/detr, issue 63).
+Source: arXiv:2005.12872, Appendix, Listing 1. The factor 0.1 and the names in the state dict are
+those of the official notebook detr_demo.ipynb, whose weights, in half precision, were trained for
+700 epochs with one image per process (facebookresearch/detr, issue 63).
 """
 
 from dataclasses import fields
@@ -28,21 +28,26 @@ from resnet import Normalise
 
 
 # options of model.ModelConfig that mean nothing here, and --dilation, which needs over 50 rows
-UNUSED_OPTIONS = ("mixer encoder_mixer decoder_mixer mixer_scale pool_size grid_rows grid_cols "
-                  "tokens_mlp_dim dilation position_embedding positions position_temperature "
-                  "pre_norm masks").split()
+UNUSED_OPTIONS = {"mixer", "encoder_mixer", "decoder_mixer", "mixer_scale", "pool_size",
+                  "grid_rows", "grid_cols", "tokens_mlp_dim", "dilation", "position_embedding",
+                  "positions", "position_temperature", "pre_norm", "masks"}
+
+
+def check_unused(cfg):
+    """Raises UserError if one of UNUSED_OPTIONS has another value than its default."""
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in UNUSED_OPTIONS and value != field.default:
+            raise UserError(f"--{field.name} {value} is no option of detr_demo: leave it out, or "
+                            f"use another model")
 
 
 class DETRDemo(nn.Module):
-    """cfg: a ModelConfig; backbone: the network that computes the tokens, of model.BACKBONES."""
+    """The detector of a ModelConfig, with a backbone of model.BACKBONES."""
 
     def __init__(self, cfg, backbone):
         super().__init__()
-        for field in fields(cfg):
-            value = getattr(cfg, field.name)
-            if field.name in UNUSED_OPTIONS and value != field.default:
-                raise UserError(f"--{field.name} {value} is no option of detr_demo, see "
-                                f"detr_demo.py: leave it out, or use another model")
+        check_unused(cfg)
         self.cfg, C = cfg, cfg.hidden_dim
         self.normalise, self.backbone = Normalise(), backbone
         self.conv = nn.Conv2d(backbone.num_channels, C, 1)

@@ -118,7 +118,7 @@ def keep_classes(own, state, classes, their_classes):
     for key in heads:
         if len(state[key]) != len(their_classes) + no_object:
             raise UserError(f"{key} has {len(state[key])} rows for {len(their_classes)} classes")
-        theirs, state[key] = state[key], own[key].clone()
+        theirs, state[key] = state[key].to(own[key].dtype), own[key].clone()
         state[key][list(rows)] = theirs[list(rows.values())]
     names = f" ({', '.join(kept[:5])}{', ...' if len(kept) > 5 else ''})" if kept else ""
     return [f"{', '.join(heads)}: {len(kept)} of {len(classes)} classes are in the file{names}, "
