@@ -155,7 +155,7 @@ HELP_GROUPS = {
 
 def parse_options(argv, description):
     """The parser, and the flags that were given as a dict."""
-    # the data set says how many classes; only a detector takes stages out of a classifier
+    # hidden are those that the data set, a detector with a classifier as backbone, or --model sets
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
     return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
                         hidden=("num_classes", "out_stages", "demo"))

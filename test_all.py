@@ -3904,7 +3904,7 @@ def test_help_is_a_page_and_help_all_has_everything(capsys):
     whole = capsys.readouterr().out
     flags = {f"--{f.name}" for kind in (train.TrainConfig, ModelConfig, LossConfig,
                                         MetaFormerConfig, ClassLossConfig) for f in fields(kind)}
-    flags -= {"--num_classes", "--out_stages"}
+    flags -= {"--num_classes", "--out_stages", "--demo"}            # data and --model set them
     groups = dict(config_py.HELP_GROUPS)
     shown = {f"--{name}" for name in groups.pop("")}
     assert set(re.findall(r"^  (--[a-z]\w*)", page, re.M)) == shown | {"--help_all"}
@@ -6021,9 +6021,9 @@ def test_study_pictures(tmp_path):
 # -- detr_demo.py --------------------------------------------------------------------------------
 
 DEMO_TINY = dict(hidden_dim=32, nheads=4, dim_feedforward=24, num_queries=5, num_classes=3)
-DEMO = [*"""--model detr_demo_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
+DEMO = """--model detr_demo_tiny --hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1
     --dec_layers 2 --image_size 32 --batch_size 4 --eval_batch_size 4 --warmup_steps 2 --log_every 1
-    --num_workers 0 --device cpu --seed 1""".split()]
+    --num_workers 0 --device cpu --seed 1""".split()
 DEMO_SHAPES = [*DEMO, "--train_shapes", "12", "--val_shapes", "6", "--epochs", "1"]
 
 
