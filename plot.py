@@ -172,7 +172,7 @@ def plot_classifiers(result, path):
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
-        axis.margins(x=0.12)
+        axis.margins(x=0.18)
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="G multiply-adds of an image, 224 x 224", ylabel="published top-1, %")
     axes[1].set(xlabel="images per second, forward pass, as measured here")
@@ -206,6 +206,25 @@ def plot_arms(groups, path):
             axis.grid(alpha=0.3)
     for times in axes[1]:
         times.set_ylim(axes[0, 0].get_xlim())
+    figure.savefig(path, dpi=120)
+
+
+def plot_layers(groups, path):
+    """AP after each decoder layer, and dashed with non-maximum suppression at IoU 0.7.
+
+    groups: {title: rows}, of study.py, with "arm" and the lists "AP" and "AP_nms".
+    """
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4.5), squeeze=False,
+                                sharey=True, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], groups.items()):
+        for k, r in enumerate(rows):
+            layers = range(1, len(r["AP"]) + 1)
+            axis.plot(layers, r["AP"], "o-", color=f"C{k % 10}", label=r["arm"])
+            axis.plot(layers, r["AP_nms"], ".--", color=f"C{k % 10}")
+        axis.set(title=title, xlabel="decoder layer; dashed: with NMS at 0.7", ylabel="AP")
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 
