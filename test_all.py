@@ -5257,7 +5257,7 @@ def test_bench_times_classifiers_and_draws_them(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["vit_ti", "resnet18"])
 def test_bench_classifiers_predict_and_learn(monkeypatch, name):
-    """The first loss of 1000 classes is about log 1000. A RIFormer is fused for its forward pass."""
+    """The first loss of 1000 classes is about log 1000; a RIFormer predicts fused."""
     torch.manual_seed(0)
     model, fused = bench.build_classifier(name), []
     monkeypatch.setattr(bench, "build_classifier", lambda name: model)
