@@ -52,7 +52,7 @@ import resnet
 import segmentation
 import train
 from classification import ClassLossConfig
-from coco_eval import UserError
+from coco_eval import UserError, check_output
 from evaluate import autocast
 from metaformer import METAFORMERS, TokenGroupNorm
 from mixers import MIXERS
@@ -661,17 +661,16 @@ PUBLISHED = {
     "resnet50": "26 4.1 79.8"}
 
 
-class ResNetClassifier(nn.Module):
+class ResNetClassifier(resnet.ResNet):
     """DETR's backbone with a linear layer over the mean of its map (arXiv:1512.03385)."""
 
     def __init__(self, name):
-        super().__init__()
-        self.trunk = resnet.ResNet(ModelConfig(backbone=name, backbone_norm="batch"))
-        self.normalise, self.head = resnet.Normalise(), nn.Linear(self.trunk.num_channels, 1000)
+        super().__init__(ModelConfig(backbone=name, backbone_norm="batch"))
+        self.normalise, self.head = resnet.Normalise(), nn.Linear(self.num_channels, 1000)
         self.cfg = metaformer.MetaFormerConfig()            # of which a step reads num_classes
 
     def forward(self, images, valid=None):
-        x, _ = self.trunk(self.normalise(images, valid), valid)
+        x, _ = super().forward(self.normalise(images, valid))
         return self.head(x.mean((2, 3)))
 
 
@@ -752,7 +751,7 @@ CLASSIFIERS = "poolformer_s12", "riformer_s12", "resnet18", "vit_s", "mixer_s16"
 
 
 def classifier_run(name, args):
-    """A forward pass or, if args.mode is "step", a training step with mixup or CutMix."""
+    """A forward pass or, if args.mode is "step", a training step, without mixup and CutMix."""
     torch.manual_seed(0)
     model = build_classifier(name).train(args.mode == "step")
     if name.startswith("riformer") and args.mode == "forward":
@@ -762,7 +761,8 @@ def classifier_run(name, args):
     if args.mode == "step":
         targets = [{"labels": torch.tensor([k % 1000])} for k in range(args.batch_size)]
         batch = images, torch.ones(args.batch_size, 224, 224, dtype=torch.bool), targets
-        return step_run(args, model, model, batch, train.CLASSIFICATION, ClassLossConfig())
+        loss_cfg = ClassLossConfig(mixup=0, cutmix=0)       # which need an even number of images
+        return step_run(args, model, model, batch, train.CLASSIFICATION, loss_cfg)
 
     @torch.inference_mode()
     def run():
@@ -776,11 +776,18 @@ def bench_classifiers(args):
     if args.child:
         args.mode, name = args.child[0].split()
         return peak_memory(lambda: classifier_run(name, args), args.device)
+    if args.plot:                                           # what can go wrong goes wrong now
+        from plot import plot_classifiers                   # needs matplotlib
+        check_output("--plot", args.plot)
+        if "forward" not in args.passes:
+            raise UserError("--plot draws the forward pass, which --passes leaves out")
+
     result = {"published_top1": {}, "multiply_adds": {}}
     for name in args.classifiers:
         top1 = PUBLISHED[name].split()[2]
         result["published_top1"][name] = None if top1 == "-" else float(top1)
         result["multiply_adds"][name] = count_sizes(name)[1][""]
+
     for mode in args.passes:
         args.mode = mode                                    # of which TF32 depends, too
         runs = {name: (classifier_run(name, args), ()) for name in args.classifiers}
@@ -790,7 +797,6 @@ def bench_classifiers(args):
             result[mode]["memory_mb"] = {name: in_child(f"{mode} {name}")
                                          for name in args.classifiers}
     if args.plot:
-        from plot import plot_classifiers                   # needs matplotlib
         plot_classifiers(result, args.plot)
     return result
 

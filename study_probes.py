@@ -179,7 +179,7 @@ def trained_model(folder, batch_size=None):
 
 
 def measure_layers(folder):
-    """"layers": the rows of ap_by_layer; "mutual_information" of query and cell, of query_slots."""
+    """A dict: "layers", the rows of ap_by_layer, and the "mutual_information" of query_slots."""
     model, loader = trained_model(folder)
     dataset = loader.dataset
     rows, _ = collect_rows(model, loader, "cpu", torch.float32, layer_rows)
@@ -194,15 +194,16 @@ REACH = "distance", "entropy", "far"
 
 
 def attention_reach(weights, grid, stride):
-    """What the weights (..., N, N) of N = H * W tokens reach, `stride` pixels apart: (3, ...), the
-    means over the tokens of
+    """How far attention weights (..., N, N) reach on a grid (H, W) of tokens, `stride` pixels
+    apart: (3, ...), means over the N tokens that read, in the order of REACH.
 
-    distance    to the tokens that are read, in pixels, weighted
-    entropy     of the weights over log N: 0 for one token, 1 for all alike
-    far         share of the weights on tokens beyond half of RECEPTIVE_FIELD, whose centres the
-                backbone does not see
+    distance    mean distance of the tokens that are read, by their weights, in pixels
+    entropy     of the weights, over log N: 0 for one token, 1 for all alike
+    far         share of the weights on tokens farther than half of RECEPTIVE_FIELD, whose centres
+                the backbone does not see from the token that reads
 
-    For comparison, equal weights on 8 x 8 tokens, 8 pixels apart: 33.1, 1 and 0.610.
+    For comparison: equal weights on 8 x 8 tokens with stride 8 have 33.1, 1 and 0.610. The distance
+    is that of arXiv:2010.11929, Sec. 4.5.
     """
     (H, W), N = grid, grid[0] * grid[1]
     centres = torch.cartesian_prod(torch.arange(H), torch.arange(W)).float() * stride    # (N, 2)
@@ -214,8 +215,8 @@ def attention_reach(weights, grid, stride):
 
 @torch.no_grad()
 def measure_attention(folder):
-    """REACH of each layer and head of the encoder over the validation images, {name: rows of heads,
-    a row for each layer}; {} if its mixer is not attention."""
+    """attention_reach of the encoder, mean over the validation images: {name of REACH: by layer, by
+    head}; {} without attention there."""
     model, loader = trained_model(folder, batch_size=1)                    # without padding
     if (model.cfg.encoder_mixer or model.cfg.mixer) != "attention" or not model.cfg.enc_layers:
         return {}

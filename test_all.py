@@ -5253,6 +5253,9 @@ def test_bench_times_classifiers_and_draws_them(tmp_path, capsys, monkeypatch):
                    "forward", "--repeats", 1, "--device", "cpu", "--memory", "--batch_size", 1)
     assert r["published_top1"] == {"mixer_s16": None} and "step" not in r
     assert 71 < r["forward"]["memory_mb"]["mixer_s16"] < 500         # 4 bytes for each parameter
+    for words in (("--passes", "step", "--plot", "c.png"), ("--plot", "gone/c.png")):
+        refused("2", bench_line, capsys, monkeypatch, "classifiers", *words, error=SystemExit)
+        assert "error: --plot " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vit_ti", "resnet18"])
