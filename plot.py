@@ -116,7 +116,7 @@ def mean_and_range(runs, key):
     return x, y.mean(0), y.min(0), y.max(0)
 
 
-def draw(axis, arms, key, note=""):
+def draw(axis, arms, key, note):
     """The curves of one panel; arms: {name: (colour, runs)}; note: after the title."""
     for color, runs in arms.values():
         for split, style in (("train", "-"), ("test", "--")):
