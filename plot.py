@@ -164,16 +164,18 @@ def plot_classifiers(result, path):
             names = [name for name, own in zip(top1, families) if own == family]
             names.sort(key=result["multiply_adds"].get)
             axis.plot([values[name] for name in names], [top1[name] for name in names], "o-",
-                      color=f"C{k}")
+                      color=f"C{k}", label=family)
             for name in names:
-                axis.annotate(name, (values[name], top1[name]), (5, -9), color=f"C{k}",
-                              textcoords="offset points", fontsize="small")
+                size = name.removeprefix(family).strip("_")
+                axis.annotate(size, (values[name], top1[name]), (5, -10), color=f"C{k}",
+                              textcoords="offset points")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
-        axis.margins(x=0.18)
+        axis.margins(x=0.1)
         axis.grid(alpha=0.3)
+    axes[0].legend()
     axes[0].set(xlabel="G multiply-adds of an image, 224 x 224", ylabel="published top-1, %")
     axes[1].set(xlabel="images per second, forward pass, as measured here")
     figure.savefig(path, dpi=120)
