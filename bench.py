@@ -9,6 +9,8 @@
     python bench.py step --official ../detr                     # ... and by the official code
     python bench.py loader --data coco --batch_size 8           # images/s, and share of padding
     python bench.py mixers --batch_size 1 --plot mixers.png     # encoder by mixer and tokens
+    python bench.py classifiers --batch_size 8      # forward pass and training step, 224 pixels
+    python bench.py classifiers --passes forward --classifiers poolformer_s12 vit_s --plot c.png
     python bench.py evaluator                       # COCO evaluation of 500,000 detections
     python bench.py evaluator --peers --repeats 5   # ... and by pycocotools and others
     python bench.py sizes                           # parameters, multiply-adds, speed of all models
@@ -36,6 +38,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -44,14 +47,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import losses
 import matcher
+import metaformer
 import resnet
 import segmentation
 import train
-from coco_eval import UserError
+from classification import ClassLossConfig
+from coco_eval import UserError, check_output
 from evaluate import autocast
 from metaformer import METAFORMERS, TokenGroupNorm
 from mixers import MIXERS
-from model import MODELS, Encoder, build_model
+from model import MODELS, Encoder, ModelConfig, build_model
 
 DETECTORS = [name for name, cfg in MODELS.items()
              if name not in METAFORMERS and not cfg.masks]
@@ -335,12 +340,12 @@ def make_run(args, compiled=False):
     return run
 
 
-def step_run(args, model, network, batch):
+def step_run(args, model, network, batch, task=train.DETECTION, loss_cfg=losses.LossConfig()):
     """The step of train.py; network is the model, compiled or not."""
-    cfg = train.TrainConfig(model=args.model)
-    normalizers = losses.loss_normalizers(batch[2], model.cfg.num_queries)
+    cfg = train.TrainConfig()
+    normalizers = losses.loss_normalizers(batch[2], getattr(model.cfg, "num_queries", 1))
     run = SimpleNamespace(                                  # the fields of a Run that a step reads
-        cfg=cfg, loss_cfg=losses.LossConfig(), task=train.DETECTION, model=network, world=1,
+        cfg=cfg, model_cfg=model.cfg, loss_cfg=loss_cfg, task=task, model=network, world=1,
         optimizer=train.build_optimizer(model, cfg), device=args.device,
         dtype=getattr(torch, args.dtype), class_weights=None)
     return lambda: train.train_step(run, [batch], normalizers, 0)
@@ -624,7 +629,8 @@ def bench_evaluator(args):
 
 # -- sizes ---------------------------------------------------------------------------------------
 
-# parameters in M, multiply-adds in G at 224 x 224 and top-1 in percent, as the papers print them
+# parameters in M, multiply-adds in G at 224 x 224 and top-1 in percent, as the papers print them;
+# of ResNets the PoolFormer paper, Table 2: trained by the recipe of arXiv:2110.00476
 PUBLISHED = {
     "poolformer_s12": "11.9 1.8 77.2",              "poolformer_s24": "21.4 3.4 80.3",
     "poolformer_s36": "30.8 5.0 81.4",              "poolformer_m36": "56.1 8.8 82.1",
@@ -650,7 +656,27 @@ PUBLISHED = {
     "caformer_s36": "39 8.0 84.5",                  "caformer_m36": "56 13.2 85.2",
     "caformer_b36": "99 23.2 85.5",                 "vit_ti": "5 - 72.2",
     "vit_s": "22 4.6 79.9",                         "vit_b": "86 17.6 81.8",
-    "mixer_s16": "18 - -",                          "mixer_b16": "59 12.7 76.4"}
+    "mixer_s16": "18 - -",                          "mixer_b16": "59 12.7 76.4",
+    "resnet18": "12 1.8 70.6",                      "resnet34": "22 3.7 75.5",
+    "resnet50": "26 4.1 79.8"}
+
+
+class ResNetClassifier(resnet.ResNet):
+    """DETR's backbone with a linear layer over the mean of its map (arXiv:1512.03385)."""
+
+    def __init__(self, name):
+        super().__init__(ModelConfig(backbone=name, backbone_norm="batch"))
+        self.normalise, self.head = resnet.Normalise(), nn.Linear(self.num_channels, 1000)
+        self.cfg = metaformer.MetaFormerConfig()            # of which a step reads num_classes
+
+    def forward(self, images, valid=None):
+        x, _ = super().forward(self.normalise(images, valid))
+        return self.head(x.mean((2, 3)))
+
+
+def build_classifier(name):
+    """A model of PUBLISHED."""
+    return ResNetClassifier(name) if name in resnet.RESNETS else build_model(name)
 
 
 def count_sizes(name):
@@ -661,7 +687,7 @@ def count_sizes(name):
     allocated: the tensors are on the meta device.
     """
     with torch.device("meta"):
-        model, images = build_model(name).eval(), torch.zeros(1, 3, 224, 224)
+        model, images = build_classifier(name).eval(), torch.zeros(1, 3, 224, 224)
     named = {k: p.numel() for k, p in model.named_parameters() if p.requires_grad}
     norms = []
     for module in model.modules():
@@ -719,11 +745,67 @@ def bench_sizes(args):
               f"{macs / 1e9:11.3f} {1 / seconds:9.2f}")
 
 
+# -- classifiers ---------------------------------------------------------------------------------
+
+CLASSIFIERS = "poolformer_s12", "riformer_s12", "resnet18", "vit_s", "mixer_s16"
+
+
+def classifier_run(name, args):
+    """A forward pass or, if args.mode is "step", a training step, without mixup and CutMix."""
+    torch.manual_seed(0)
+    model = build_classifier(name).train(args.mode == "step")
+    if name.startswith("riformer") and args.mode == "forward":
+        metaformer.fuse(model)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    images = torch.randint(256, (args.batch_size, 3, 224, 224), dtype=torch.uint8)
+    if args.mode == "step":
+        targets = [{"labels": torch.tensor([k % 1000])} for k in range(args.batch_size)]
+        batch = images, torch.ones(args.batch_size, 224, 224, dtype=torch.bool), targets
+        loss_cfg = ClassLossConfig(mixup=0, cutmix=0)       # which need an even number of images
+        return step_run(args, model, model, batch, train.CLASSIFICATION, loss_cfg)
+
+    @torch.inference_mode()
+    def run():
+        with autocast(args.device, getattr(torch, args.dtype)):
+            return model(images.to(args.device))
+    return run
+
+
+def bench_classifiers(args):
+    """Time, and with --memory peak memory, of classifiers beside each other."""
+    if args.child:
+        args.mode, name = args.child[0].split()
+        return peak_memory(lambda: classifier_run(name, args), args.device)
+    if args.plot:                                           # what can go wrong goes wrong now
+        from plot import plot_classifiers                   # needs matplotlib
+        check_output("--plot", args.plot)
+        if "forward" not in args.passes:
+            raise UserError("--plot draws the forward pass, which --passes leaves out")
+
+    result = {"published_top1": {}, "multiply_adds": {}}
+    for name in args.classifiers:
+        top1 = PUBLISHED[name].split()[2]
+        result["published_top1"][name] = None if top1 == "-" else float(top1)
+        result["multiply_adds"][name] = count_sizes(name)[1][""]
+
+    for mode in args.passes:
+        args.mode = mode                                    # of which TF32 depends, too
+        runs = {name: (classifier_run(name, args), ()) for name in args.classifiers}
+        result[mode] = summary(time_interleaved(runs, args), args.batch_size)
+        del runs                                            # before those of the other pass
+        if args.memory:
+            result[mode]["memory_mb"] = {name: in_child(f"{mode} {name}")
+                                         for name in args.classifiers}
+    if args.plot:
+        plot_classifiers(result, args.plot)
+    return result
+
+
 # -- command line --------------------------------------------------------------------------------
 
 MODES = {"forward": bench_model, "loss": bench_model, "masks": bench_model, "step": bench_model,
          "loader": bench_loader, "mixers": bench_mixers, "evaluator": bench_evaluator,
-         "sizes": bench_sizes}
+         "sizes": bench_sizes, "classifiers": bench_classifiers}
 
 
 def options():
@@ -749,7 +831,12 @@ def options():
     add("--data", default="data/coco", help="loader: a folder in COCO's layout")
     add("--num_workers", type=int, default=0, help="loader: its processes")
     add("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS, help="mixers: which")
-    add("--plot", default="", help="mixers: a picture, .png or .svg")
+    add("--classifiers", nargs="+", default=[n for n in CLASSIFIERS if n in PUBLISHED],
+        choices=PUBLISHED, metavar="NAME", help="classifiers: which of those that sizes prints; "
+        "default: %(default)s")
+    add("--passes", nargs="+", default=["forward", "step"], choices=["forward", "step"],
+        help="classifiers: a forward pass, a training step, or both")
+    add("--plot", default="", help="mixers, classifiers: a picture, .png or .svg")
     add("--detections", type=int, default=500_000, help="evaluator: how many")
     add("--images", type=int, default=0, help="evaluator: default 5000; loader: 64")
     add("--peers", action="store_true", help="evaluator: compare with others that are installed")

@@ -3,12 +3,13 @@
     python plot.py out/attention out/pool --out curves.png
     python plot.py out/pool_s1 out/pool_s2 out/mlp_s1 out/mlp_s2     # mean and range by arm
     python plot.py out detr-r50_log.txt --epochs 20                  # beside the published log
+    python plot.py out --official_log detr-r50_log.txt.gz --epochs 20    # ... in panels of its own
     python plot.py out/pool --steps                                  # in training, every 50 steps
 
 Training is solid, validation dashed. Runs whose names differ only in a last _s1, _s2, ... (one
 digit) or -seed1, ... are one arm: a line for their mean and a band from the least to the largest,
 at the epochs that all of them have. Reads log.txt or steps.txt, one JSON object a line, also as
-.gz. `python bench.py mixers --plot` draws here, too. Needs matplotlib (requirements-dev.txt).
+.gz. bench.py and study.py draw here, too. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -22,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from coco_eval import UserError, UserFileError, check_output, run_command, writing
 
@@ -34,6 +36,7 @@ PANELS = {
     ("masks", "steps.txt"): ("loss_ce", "loss_mask", "loss_dice"),
     ("classifier", "log.txt"): ("loss", "top1", "top5"),
     ("classifier", "steps.txt"): ("loss", "class_error", "grad_norm")}
+PANELS["official", "log.txt"] = PANELS["detector", "log.txt"]
 TITLES = {
     "class_error": "class error, %", "loss": "loss (weighted sum)",
     "loss_bbox": "loss_bbox (L1 of cx, cy, w, h in image sides)",
@@ -113,15 +116,15 @@ def mean_and_range(runs, key):
     return x, y.mean(0), y.min(0), y.max(0)
 
 
-def draw(axis, arms, key):
-    """The curves of one panel; arms: {name: (colour, runs)}."""
+def draw(axis, arms, key, note):
+    """The curves of one panel; arms: {name: (colour, runs)}; note: after the title."""
     for color, runs in arms.values():
         for split, style in (("train", "-"), ("test", "--")):
             x, mean, least, largest = mean_and_range(runs, f"{split}_{key}")
             axis.plot(x, mean, style, color=color, marker="." if len(x) < 30 else "")
             if len(runs) > 1:
                 axis.fill_between(x, least, largest, color=color, alpha=0.2, linewidth=0)
-    axis.set(title=TITLES[key], xlabel="epoch")
+    axis.set(title=TITLES[key] + note, xlabel="epoch")
     axis.grid(alpha=0.3)
     if axis.get_xlim()[1] > 2:                           # whole epochs
         axis.locator_params(axis="x", integer=True)
@@ -145,6 +148,36 @@ def plot_mixers(rows, path):
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle("encoder by mixer, forward and backward")
+    figure.savefig(path, dpi=120)
+
+
+def plot_classifiers(result, path):
+    """Published top-1 over multiply-adds and over measured images per second, both logarithmic; a
+    line joins the sizes of a family. result: of bench.py classifiers, with its forward pass."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    top1 = {name: y for name, y in result["published_top1"].items() if y is not None}
+    families = [re.sub("_.*|[0-9]+$", "", name) for name in top1]            # vit of vit_s
+    speeds = result["forward"]["images_per_s"]
+    costs = {name: macs / 1e9 for name, macs in result["multiply_adds"].items()}
+    for axis, values in zip(axes, (costs, speeds)):
+        for k, family in enumerate(dict.fromkeys(families)):
+            names = [name for name, own in zip(top1, families) if own == family]
+            names.sort(key=result["multiply_adds"].get)
+            axis.plot([values[name] for name in names], [top1[name] for name in names], "o-",
+                      color=f"C{k}", label=family)
+            for name in names:
+                size = name.removeprefix(family).strip("_")
+                axis.annotate(size, (values[name], top1[name]), (5, -10), color=f"C{k}",
+                              textcoords="offset points")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[0].set(xlabel="G multiply-adds of an image, 224 x 224", ylabel="published top-1, %")
+    axes[1].set(xlabel="images per second, forward pass, as measured here")
     figure.savefig(path, dpi=120)
 
 
@@ -178,6 +211,25 @@ def plot_arms(groups, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_layers(groups, path):
+    """AP after each decoder layer, and dashed with non-maximum suppression at IoU 0.7.
+
+    groups: {title: rows}, of study.py, with "arm" and the lists "AP" and "AP_nms".
+    """
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4.5), squeeze=False,
+                                sharey=True, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], groups.items()):
+        for k, r in enumerate(rows):
+            layers = range(1, len(r["AP"]) + 1)
+            axis.plot(layers, r["AP"], "o-", color=f"C{k % 10}", label=r["arm"])
+            axis.plot(layers, r["AP_nms"], ".--", color=f"C{k % 10}")
+        axis.set(title=title, xlabel="decoder layer; dashed: with NMS at 0.7", ylabel="AP")
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
 def plot_noise(rows, path):
     """Deviation of the loss over the batch size, both logarithmic: in training, and dashed with
     fixed weights. rows: dicts with "mixer", "batch_size", "deviation" and "frozen"."""
@@ -205,28 +257,41 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", help="log files, or folders that hold one")
     parser.add_argument("--steps", action="store_true", help="read steps.txt instead of log.txt")
+    parser.add_argument("--official_log", default="", metavar="LOG",
+                        help="one more log, as published with DETR, in panels of its own")
     parser.add_argument("--epochs", type=float, default=float("inf"), help="only the first N")
     parser.add_argument("--out", default="curves.png", help="the picture, .png or .svg")
     args = parser.parse_args(argv)
     file = "steps.txt" if args.steps else "log.txt"
+    if args.official_log and args.steps:
+        raise UserError("--official_log is a log of epochs: leave out --steps")
     check_output("--out", args.out)
     known = plt.gcf().canvas.get_supported_filetypes()               # without a suffix: .png
     if os.path.splitext(args.out)[1][1:].lower() not in ("", *known):
         raise UserError(f"--out {args.out} should end in .png or .svg")
 
+    def read(paths):
+        return [[r for r in read_log(path, file) if r["x"] <= args.epochs] for path in paths]
+
     # a colour for each arm; detectors, their masks and classifiers have panels of their own
-    kinds = {"detector": {}, "masks": {}, "classifier": {}}
+    kinds = {"detector": {}, "masks": {}, "classifier": {}, "official": {}}
     for k, (name, paths) in enumerate(group(args.logs).items()):
-        runs = [[r for r in read_log(path, file) if r["x"] <= args.epochs] for path in paths]
+        runs = read(paths)
         kinds["detector" if is_detector(runs) else "classifier"][name] = f"C{k}", runs
+    if args.official_log:
+        kinds["official"][label(args.official_log)] = "gray", read([args.official_log])
     kinds["masks"] = {name: (color, runs) for name, (color, runs) in kinds["detector"].items()
                       if any("train_loss_mask" in r for run in runs for r in run)}
-    panels = [(key, arms) for kind, arms in kinds.items() if arms for key in PANELS[kind, file]]
+    panels = []
+    for kind, arms in kinds.items():
+        note = f"\n{label(args.official_log)}" if kind == "official" else ""
+        if arms:
+            panels += [(arms, key, note) for key in PANELS[kind, file]]
 
     rows = len(panels) // 3
     figure, axes = plt.subplots(rows, 3, figsize=(13, 4 * rows), layout="constrained")
-    for axis, (key, arms) in zip(axes.flat, panels):
-        draw(axis, arms, key)
+    for axis, panel in zip(axes.flat, panels):
+        draw(axis, *panel)
 
     # one legend for all panels
     handles = [Line2D([], [], color="black", label="training")]
@@ -238,7 +303,7 @@ def main(argv=None):
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     with writing(args.out):
         figure.savefig(args.out, dpi=120)
-    print(f"{len(args.logs)} run(s) drawn in {args.out}")
+    print(f"{len(args.logs) + bool(args.official_log)} run(s) drawn in {args.out}")
 
 
 if __name__ == "__main__":

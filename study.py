@@ -3,6 +3,7 @@
     python study.py                                 # parts and arms, runs done and missing, time
     python study.py S1 --seeds 3 --jobs 2           # the missing runs of a part, then its tables
     python study.py S7 --bccd DIR                   # real images: annotations/, train/ and val/
+    python study.py S1 --probes                     # ... and what its decoder layers and heads do
     python study.py cost                            # the whole detector by mixer; no training
     python study.py S1 --output_dir try --assets try --epochs 1 -- --train_shapes 64   # to try it
 
@@ -30,13 +31,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # the runs have the other cores
 
+import numpy as np
 from scipy.stats import t as student_t
 
 from coco_eval import run_command
 from config import PRESETS, parse_options
 from report import hms
-from study_probes import (NOISE, measure_cost, measure_noise, measure_surgery, power_of,
-                          train_keeping_epochs)
+from study_probes import (NOISE, REACH, measure_attention, measure_cost, measure_layers,
+                          measure_noise, measure_surgery, power_of, train_keeping_epochs)
 
 
 # -- what is run ---------------------------------------------------------------------------------
@@ -304,12 +306,18 @@ def kept(job, name, measure):
     return json.loads(path.read_text())
 
 
+def kept_by_arm(jobs, name, measure):
+    """{arm: what kept gives for each of its seeds, a list}."""
+    found = {}
+    for job in jobs:
+        found.setdefault(job.arm, []).append(kept(job, name, measure))
+    return found
+
+
 def noise_rows(jobs):
     """A row for each arm of S5: means and deviations over seeds."""
-    rows, found = [], {}
-    for job in jobs:
-        found.setdefault(job.arm, []).append(kept(job, "noise", measure_noise))
-    for arm, measured in found.items():
+    rows = []
+    for arm, measured in kept_by_arm(jobs, "noise", measure_noise).items():
         row = dict(arm=arm, mixer=re.sub("-b[0-9]+$", "", arm), seeds=len(measured),
                    batch_size=measured[0]["batch_size"])
         for name in NOISE:
@@ -337,6 +345,33 @@ def surgery_rows(jobs):
             for name, ap in kept(job, "surgery", measure_surgery).items():
                 scores.setdefault(name, {})[job.seed] = ap
     return compare(scores, "attention")
+
+
+def decoder_rows(jobs):
+    """A row for each arm: means over seeds, in lists by decoder layer."""
+    rows = []
+    for arm, measured in kept_by_arm(jobs, "layers", measure_layers).items():
+        row = dict(arm=arm, seeds=len(measured))
+        for name in ("AP", "AP_nms", "duplicates"):
+            by_seed = [[layer[name] for layer in m["layers"]] for m in measured]
+            row[name] = np.mean(by_seed, 0).tolist()
+        information = [m["mutual_information"] for m in measured]
+        row["information"], row["information_sd"] = mean_sd(information)
+        rows.append(row)
+    return rows
+
+
+def attention_rows(jobs):
+    """A row for each encoder layer of each arm that has attention there: means over seeds, in lists
+    by head, those of a seed in the order of their distance, as their numbers mean nothing."""
+    rows = []
+    for arm, measured in kept_by_arm(jobs, "attention", measure_attention).items():
+        by_seed = [np.transpose([m[name] for name in REACH], (1, 2, 0)) for m in measured if m]
+        for layer, seeds in enumerate(zip(*by_seed)):                # of each seed (nh, 3)
+            means = np.mean([heads[heads[:, 0].argsort()] for heads in seeds], 0)
+            rows.append({"arm": arm, "seeds": len(seeds), "layer": layer + 1,
+                         **dict(zip(REACH, means.T.tolist()))})
+    return rows
 
 
 # -- tables and pictures -------------------------------------------------------------------------
@@ -420,8 +455,27 @@ def part_tables(name, jobs):
     return tables, runs
 
 
+def probe_tables(jobs):
+    """Prints what the decoder layers, queries and attention heads of trained models do; returns
+    {title: rows}."""
+    def series(name, digits):
+        return lambda r: " ".join(number(x, digits=digits) for x in r[name])
+
+    arm = {"arm": lambda r: f"`{r['arm']}`", "seeds": lambda r: r["seeds"]}
+    tables = {"decoder layers": decoder_rows(jobs), "attention": attention_rows(jobs)}
+    print_table("after each decoder layer", {
+        **arm, "AP": series("AP", 3), "AP with NMS at 0.7": series("AP_nms", 3),
+        "duplicates per image": series("duplicates", 2), "bits of query and 4 x 4 cell":
+        lambda r: number(r["information"], r["information_sd"], 2)}, tables["decoder layers"])
+    print_table("encoder attention, a number for each head", {
+        **arm, "layer": lambda r: r["layer"], "mean distance, pixels": series("distance", 1),
+        "entropy / log N": series("entropy", 2),
+        "share beyond half of the backbone's field": series("far", 2)}, tables["attention"])
+    return tables
+
+
 def draw_part(name, tables, runs, jobs, folder):
-    """The pictures of a part: a dot for each seed, AP against seconds, curves, noise."""
+    """The pictures of a part: a dot for each seed, AP against seconds, curves, layers, noise."""
     try:
         import plot
     except ImportError:
@@ -436,6 +490,9 @@ def draw_part(name, tables, runs, jobs, folder):
         runs_of_group = [str(job.folder) for job in jobs if job.arm in named]
         slug = re.sub("[^a-z0-9]+", "_", title)
         plot.main([*runs_of_group, "--out", str(folder / f"study_{name}_{slug}.png")])
+    if tables.get("decoder layers"):
+        plot.plot_layers({title: [r for r in tables["decoder layers"] if r["arm"] in named]
+                          for title, named in groups.items()}, folder / f"study_{name}_layers.png")
     if tables.get("fluctuation"):
         plot.plot_noise(tables["fluctuation"], folder / f"study_{name}_noise.png")
 
@@ -508,6 +565,8 @@ def parse_args(argv):
     add("--seeds", type=int, default=3, help="1 to N, default 3")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: all cores")
     add("--epochs", type=int, default=8, help="of arms without their own; default: %(default)s")
+    add("--probes", action="store_true", help="also measure decoder layers, duplicates, queries "
+        "and attention heads of the trained models")
     add("--bccd", default="", help="S7: annotations/instances_{train,val}.json, train/, val/")
     add("--output_dir", default="study", help="folder of the runs")
     add("--assets", type=Path, default="assets", help="folder of study.json and the pictures")
@@ -544,6 +603,8 @@ def main(argv=None):
         for name in names:
             jobs = [job for job in make_jobs([name], args) if finished(job)]
             tables, runs = part_tables(name, jobs)
+            if args.probes:
+                tables |= probe_tables(jobs)
             add_to_json(path, name, tables, runs)
             draw_part(name, tables, runs, jobs, args.assets)
         if "cost" in args.parts:

@@ -1762,7 +1762,8 @@ def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     ("poolformer_s12_ppaa", 16_535_592, 2_549_151_744),
     ("poolformer_s12_ppff", 12_150_474, 1_888_484_352),
     ("randformer_s12", 11_891_712, 1_888_484_352), ("caformer_b36", 98_753_614, 23_160_476_160),
-    ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936)])
+    ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936),
+    ("resnet18", 11_689_512, 1_814_073_344), ("resnet50", 25_557_032, 4_089_184_256)])
 def test_sizes_are_the_official_ones(name, params, macs):
     assert [ways[""] for ways in bench.count_sizes(name)] == [params, macs]
 
@@ -1770,8 +1771,10 @@ def test_sizes_are_the_official_ones(name, params, macs):
 def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, capsys):
     few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
            "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
-           "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16"]
-    assert bench.PUBLISHED.keys() == METAFORMERS.keys() - {"metaformer_tiny"}
+           "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16",
+           "resnet18", "resnet34", "resnet50"]
+    resnets = {"resnet18", "resnet34", "resnet50"}
+    assert bench.PUBLISHED.keys() - resnets == METAFORMERS.keys() - {"metaformer_tiny"}
     monkeypatch.setattr(bench, "PUBLISHED", {name: bench.PUBLISHED[name] for name in few})
     bench.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
@@ -4833,7 +4836,7 @@ def test_curves_of_runs_are_grouped_by_arm():
     assert plot.mean_and_range(runs, "c")[0] == []
 
 
-def test_curves_of_runs_and_of_the_published_log_are_drawn():
+def test_curves_of_runs_and_of_the_published_log_are_drawn(monkeypatch):
     plot = pytest.importorskip("plot")
     published = [dict(train_loss=20.0 - k, train_loss_bbox=1.0, train_loss_bbox_unscaled=0.2,
                       test_coco_eval_bbox=[k / 10, k / 5] * 6) for k in range(3)]
@@ -4859,6 +4862,20 @@ def test_curves_of_runs_and_of_the_published_log_are_drawn():
                             (["detr.txt", "--epochs", "1"], 2), (["detr.txt", "masks.txt"], 3)):
         plot.main([*options, "--out", "both.png"])
         assert Image.open("both.png").height == height * 480      # rows for each kind
+
+
+    # the published log in panels of its own
+    drawn, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *panel: drawn.append(panel[1:]) or draw(*panel))
+    words = ["detr.txt", "--official_log", "r50.txt.gz", "--epochs", "2", "--out", "both.png"]
+    plot.main(words)
+    assert [(list(arms), note) for arms, _, note in drawn] == (
+        [(["detr"], "")] * 6 + [(["r50"], "\nr50")] * 6)
+    (_, (records,)), = drawn[-1][0].values()
+    assert drawn[-1][1] == "AP" and [r["test_AP"] for r in records] == [0, 0.1]
+    assert Image.open("both.png").height == 4 * 480
+    refused("--official_log is a log of epochs", plot.main, [*words, "--steps"])
+
     write_log("odd.txt", [{"loss": 1}])
     refused("odd.txt, line 1 is no line of a log.txt", plot.main, ["odd.txt"])
     refused("odd.txt, line 1 is no line of a steps.txt", plot.main, ["odd.txt", "--steps"])
@@ -5221,6 +5238,42 @@ def test_bench_measures_mixers(tmp_path, capsys, monkeypatch):
                    "--repeats", 1, "--device", "cpu", "--plot", tmp_path / "mixers.png")
     assert [(row["mixer"], row["tokens"]) for row in r["rows"]] == [("pool", 20)]
     assert r["rows"][0]["memory_mb"] > 0 and Image.open(tmp_path / "mixers.png").width > 500
+
+
+def test_bench_times_classifiers_and_draws_them(tmp_path, capsys, monkeypatch):
+    r = bench_line(capsys, monkeypatch, "classifiers", "--classifiers", "vit_ti", "resnet18",
+                   "--repeats", 1, "--device", "cpu", "--plot", tmp_path / "c.png")
+    assert r["published_top1"] == {"vit_ti": 72.2, "resnet18": 70.6}
+    assert r["multiply_adds"]["resnet18"] == 1_814_073_344
+    for mode in ("forward", "step"):
+        vit, resnet = (r[mode]["seconds"][name]["median"] for name in ("vit_ti", "resnet18"))
+        assert r[mode]["ratio"] == {"resnet18": pytest.approx(resnet / vit, rel=0.01)}
+        assert r[mode]["images_per_s"]["vit_ti"] == pytest.approx(2 / vit, rel=0.01)
+    assert Image.open(tmp_path / "c.png").width > 1000
+    r = bench_line(capsys, monkeypatch, "classifiers", "--classifiers", "mixer_s16", "--passes",
+                   "forward", "--repeats", 1, "--device", "cpu", "--memory", "--batch_size", 1)
+    assert r["published_top1"] == {"mixer_s16": None} and "step" not in r
+    assert 71 < r["forward"]["memory_mb"]["mixer_s16"] < 500         # 4 bytes for each parameter
+    for words in (("--passes", "step", "--plot", "c.png"), ("--plot", "gone/c.png")):
+        refused("2", bench_line, capsys, monkeypatch, "classifiers", *words, error=SystemExit)
+        assert "error: --plot " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vit_ti", "resnet18"])
+def test_bench_classifiers_predict_and_learn(monkeypatch, name):
+    """The first loss of 1000 classes is about log 1000; a RIFormer predicts fused."""
+    torch.manual_seed(0)
+    model, fused = bench.build_classifier(name), []
+    monkeypatch.setattr(bench, "build_classifier", lambda name: model)
+    monkeypatch.setattr(bench.metaformer, "fuse", lambda m: fused.append(m) or m, raising=False)
+    args = bench.options().parse_args(["classifiers", "--device", "cpu"])
+    args.mode, before = "step", copy.deepcopy(model.state_dict())
+    losses = bench.classifier_run("riformer", args)()
+    assert losses["loss"].item() == pytest.approx(math.log(1000), abs=1) and not fused
+    assert all(not torch.equal(before[k], p) for k, p in model.named_parameters() if p.dim() > 1)
+    args.mode = "forward"
+    logits = bench.classifier_run("riformer", args)()
+    assert logits.shape == (2, 1000) and fused == [model] and not model.training
 
 
 def test_bench_measures_the_evaluator(capsys, monkeypatch):
@@ -5888,6 +5941,11 @@ def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(cap
     study.main(words)
     assert json.load(open("assets/study.json")) == results
     assert "glue" not in capsys.readouterr().out
+    study.main(["S1", "--probes", *words[1:]])
+    tables = json.load(open("assets/study.json"))["S1"]
+    assert tables.pop("decoder layers")[0]["AP"][-1] == pytest.approx(found["AP"], abs=1e-6)
+    assert [r["layer"] for r in tables.pop("attention")] == [1] and tables == results["S1"]
+    assert "| entropy / log N |" in capsys.readouterr().out
     study.main([*words[:1], "--list", *words[1:]])
     assert re.search("attention +1 of 1 done  0:00:0", capsys.readouterr().out)
     job, = study.make_jobs(["S1"], study_args(*words[1:words.index("--")], "--", "--lr", 1))[:1]
@@ -5996,6 +6054,79 @@ def test_study_surgery_replaces_the_mixers_named_and_no_others(monkeypatch):
     assert len(set(found.values())) == 16
 
 
+@pytest.mark.parametrize("weights, grid, stride, expected", [
+    # distances 0 and 30; entropies in bits of 3/4 to 1/4 and of 1 to 1
+    ([[0.75, 0.25], [0.5, 0.5]], (1, 2), 30, [11.25, (0.811278 + 1) / 2, 0.375]),
+    ([[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]], (2, 2), 20, [20 * 2**0.5, 0, 1]),
+    ([[0.25] * 4] * 4, (2, 2), 20, [(40 + 20 * 2**0.5) / 4, 1, 0.25]),        # far: the diagonal
+    ([[0.25] * 4] * 4, (4, 1), 10, [12.5, 1, 1 / 8])])    # distances 0 10 20 30 and 10 0 10 20
+def test_study_attention_reach_by_hand(weights, grid, stride, expected):
+    one = torch.tensor(weights, dtype=torch.float32)
+    nearest = torch.eye(len(one))
+    found = study_probes.attention_reach(torch.stack([one, nearest]), grid, stride)
+    assert_close(found, torch.tensor([expected, [0, 0, 0]]).T, rtol=1e-5, atol=1e-6)
+
+
+def test_study_backbone_sees_as_many_pixels_as_the_probes_say():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 128, 128, requires_grad=True)
+    trunk = ResNet(ModelConfig(backbone="resnet_tiny", backbone_norm="batch")).eval()
+    trunk(images)[0][0, :, 8, 8].sum().backward()
+    for axis in (1, 2):
+        seen = images.grad[0].abs().sum((0, axis)).nonzero()
+        assert len(seen) == seen[-1] - seen[0] + 1 == study_probes.RECEPTIVE_FIELD
+
+
+def test_study_measures_the_attention_and_the_layers_of_a_trained_model():
+    run(*TINY, "--epochs", "1", "--output_dir", "r")
+    found = study_probes.measure_layers("r")
+    numbers = evaluate_py("r/ckpt.pt", "--layers", "--queries", "q.png")
+    assert found == {"layers": numbers["layers"],
+                     "mutual_information": numbers["queries"]["mutual_information"]}
+
+    # one number for each layer and head: the mean over the images, each by itself
+    state = checkpoint("r/ckpt.pt")
+    model, dataset = build_model(ModelConfig(**state["model_config"])).eval(), ShapesDataset(
+        "val", 5, 32)
+    load_weights(model, state["model"])
+    points = [(x / 4, y / 4) for y in range(4) for x in range(4)]     # the tokens, 8 pixels apart
+    expected = []
+    for i in range(5):
+        maps = self_attention(model, dataset[i][0][None], points, 0)
+        weights = maps.transpose(0, 1).flatten(2)                     # (nh, N, N)
+        expected.append(study_probes.attention_reach(weights, (4, 4), 8))
+    found = study_probes.measure_attention("r")
+    assert_close(torch.tensor([found[name][0] for name in study_probes.REACH]),
+                 torch.stack(expected).mean(0), rtol=1e-4, atol=1e-5)
+
+    state["model_config"]["encoder_mixer"] = "none"
+    state["model"] = {name: w for name, w in state["model"].items()
+                      if "encoder.layers.0.self_attn" not in name}
+    Path("none").mkdir()
+    torch.save(state, "none/ckpt.pt")
+    assert study_probes.measure_attention("none") == {}
+
+
+def test_study_means_of_the_probes_over_seeds(tmp_path):
+    jobs = []
+    for seed, (ap, bits, heads) in enumerate([(0.2, 1.0, [30.0, 10.0]), (0.4, 2.0, [12.0, 20.0])]):
+        jobs.append(study.Job("dec-pool", seed, tmp_path / str(seed), [], False))
+        jobs[-1].folder.mkdir()
+        layers = [dict(layer=k, AP=ap * k, AP_nms=ap, AP50=0, AP50_nms=0, duplicates=seed)
+                  for k in (1, 2)]
+        reach = {"distance": [heads], "entropy": [[h / 40 for h in heads]], "far": [[0.5, 0.1]]}
+        for name, content in {"layers": {"layers": layers, "mutual_information": bits},
+                              "attention": reach}.items():
+            (jobs[-1].folder / f"{name}.json").write_text(json.dumps(content))
+    [row], [reach] = study.decoder_rows(jobs), study.attention_rows(jobs)
+    assert (row["seeds"], row["AP"], row["AP_nms"], row["duplicates"]) == (
+        2, pytest.approx([0.3, 0.6]), pytest.approx([0.3, 0.3]), [0.5, 0.5])
+    assert (row["information"], row["information_sd"]) == (1.5, pytest.approx(0.5**0.5))
+    assert (reach["layer"], reach["distance"]) == (1, [11, 25])       # nearest with nearest
+    assert reach["entropy"] == pytest.approx([0.275, 0.625])
+    assert reach["far"] == pytest.approx([0.3, 0.3])
+
+
 def test_study_counts_the_cost_of_the_whole_detector(monkeypatch):
     monkeypatch.setattr(study_probes, "COST_MIXERS", ("attention", "none"))
     attention, none = study_probes.measure_cost("detr_tiny", (64, 64), ["--repeats", "1",
@@ -6015,6 +6146,9 @@ def test_study_pictures(tmp_path):
     rows = [dict(mixer=m, batch_size=b, deviation=0.4 / b, frozen=0.3 / b)
             for m in ("attention", "both-pool") for b in (4, 16)]
     plot.plot_noise(rows, "b.png")
+    layers = [dict(arm=arm, AP=[0.1, 0.2], AP_nms=[0.2, 0.2]) for arm in ("attention", "enc-pool")]
+    plot.plot_layers({"encoder": layers, "both": layers[:1]}, "c.png")
+    assert Image.open("c.png").width == 1080
     assert Image.open("a.png").width > 800 and Image.open("b.png").width > 500
 
 
