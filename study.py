@@ -428,6 +428,20 @@ def group_table(title, names, runs):
     return rows
 
 
+def print_sides(tables):
+    """Prints the AP of S1 with a row for each mixer and a column for each side."""
+    sides = {title: {re.sub("^(enc|dec|both)-", "", row["arm"]): row for row in rows}
+             for title, rows in tables.items() if title in PARTS["S1"].groups}
+
+    def cell(title, mixer):
+        row = sides[title].get(mixer)
+        return f"{number(row['AP'])} {difference(row)}".strip() if row else ""
+    print_table("AP by the mixer of encoder, decoder, both; difference to attention [95 %]", {
+        "mixer": lambda mixer: f"`{mixer}`",
+        **{title: lambda mixer, title=title: cell(title, mixer) for title in sides}},
+        dict.fromkeys(mixer for rows in sides.values() for mixer in rows))
+
+
 def part_tables(name, jobs):
     """Prints the tables of a part; returns {title: rows} and {arm: {seed: results}} of its finished
     jobs."""
@@ -438,6 +452,8 @@ def part_tables(name, jobs):
     for title, names in part.groups.items():
         if runs.keys() & names.keys():
             tables[title] = group_table(title, names, runs)
+    if name == "S1":
+        print_sides(tables)
     if name == "S5":
         tables["fluctuation"] = noise_rows(jobs)
         print_table("fluctuation", {
