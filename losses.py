@@ -65,8 +65,7 @@ def gather_pairs(pairs, targets, device):
     L = len(pairs)
     index = torch.cat(index, 1).view(3, L, -1)                                          # (3, L, M)
     labels, boxes = torch.cat(labels).view(L, -1), torch.cat(boxes).view(L, -1, 4)
-    index, labels, boxes = (x.to(device, non_blocking=True) for x in (index, labels, boxes))
-    return tuple(index), labels, boxes
+    return tuple(index.to(device)), labels.to(device), boxes.to(device)
 
 
 def by_layer(name, values):

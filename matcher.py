@@ -28,7 +28,7 @@ def pad_targets(targets, num_classes, device):
     for i, t in enumerate(targets):
         labels[i, :len(t["labels"])] = t["labels"]
         boxes[i, :len(t["labels"])] = t["boxes"]
-    return labels.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+    return labels.to(device), boxes.to(device)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@
 it gets, beside the Grad-CAM of the best class.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coco_eval import UserError, UserFileError, run_command, writing
+from coco_eval import FlagParser, UserError, UserFileError, run_command, writing
 from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from classification import center_crop
@@ -162,8 +161,7 @@ def point(text):
 
 def parse_args(argv):
     """The command line as a Namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("images", nargs="+", help="image files, and folders of them")
     parser.add_argument("--out", default="predictions",

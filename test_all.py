@@ -3883,7 +3883,7 @@ def test_scenes_other_than_the_plain_ones_are_larger_images():
     ("--batch-size=3", "--batch-size is no option, did you mean --batch_size or"),
     ("-lr 1", "-lr is no option, did you mean --lr or"),
     ("--no-augmet", "did you mean --no-augment"),
-    ("--xyzzy", "--xyzzy is no option, python train.py --help_all lists all options"),
+    ("--xyzzy", "--xyzzy is no option, --help_all lists all options"),
     ("--mixer atention", "--mixer atention is unknown, did you mean attention?"),
     ("--mixer zzz", "--mixer zzz is unknown, use one of: attention, pool,"),
     ("--backbone Resnet5", "is unknown, did you mean resnet50 or"),
