@@ -36,6 +36,7 @@ report.py, plot.py          what one sees of a run      -k "validation or consta
 diagnose.py                 errors, layers, queries     -k "errs or error_costs or confus or slots"
 classification.py           training and evaluation     -k "classifier or class_folders"
 predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
+evaluate.py, predict.py     devices, export             -k "float64 or mps or exported"
 bench.py                    and what makes it fast      -k "bench or lever"
 segmentation.py             masks, panoptic, training   -k "mask or panoptic"
 study.py, study_probes.py                               -k study
@@ -81,6 +82,8 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
@@ -106,7 +109,7 @@ from mixers import MIXERS, AttentionMixer, MixerConfig
 from images import PIXEL_MEAN, PIXEL_STD, draw_boxes, read_image, resized
 from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
 from check_data import check_coco, open_images
-from resnet import FrozenBatchNorm2d, ResNet, conv_norm
+from resnet import FrozenBatchNorm2d, ResNet, conv_norm, memory_format
 from metaformer import METAFORMERS, MetaFormerConfig, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
                             accuracy_json, accuracy_table, center_crop, class_accuracy, class_rows,
@@ -5103,6 +5106,84 @@ def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypa
     for flag in ("--attention", "--threshold 0.5", "--max_size 9"):
         refused(f"{flag.split()[0]} is for detectors, official.pth holds a classifier",
                 predict.main, [*given, *flag.split()])
+
+
+# -- from Python, on other devices, exported -----------------------------------------------------
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a device would make float64, which MPS has not. The CPU stands for the device:
+    what `put` names is on it, and all that is computed from it, up to .cpu()."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}                                        # kept, so that no address recurs
+
+    def put(self, tensors):
+        storages = [x.untyped_storage() for x in tensors if x.numel()]
+        self.storages.update((storage.data_ptr(), storage) for storage in storages)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+                       for tree in ((args, kwargs), results))
+        if any(x.untyped_storage().data_ptr() in self.storages for x in given):
+            assert all(x.dtype != torch.float64 for x in made), f"{func} makes float64"
+            self.put(made)
+        return results
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    """That mode, with all modules on the device that are put on one."""
+    mode, to = NoFloat64(), nn.Module.to
+
+    def put(module, *args, **options):
+        mode.put([*module.parameters(), *module.buffers()])
+        return to(module, *args, **options)
+    monkeypatch.setattr(nn.Module, "to", put)
+    monkeypatch.setattr(torch.Tensor, "is_mps", True, raising=False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.from_numpy(x.detach().numpy().copy()))
+    with mode:
+        yield mode
+
+
+def test_no_float64_is_made_on_a_device(no_float64, capsys):
+    few = "--train_shapes 8 --val_shapes 3 --epochs 1".split()
+    assert run(*TINY, *few, "--masks", "--class_weights", "balanced") == 0
+    assert run(*CLASSIFIER, *few, "--output_dir", "classes") == 0
+    Image.new("RGB", (40, 30)).save("photo.png")
+    predict.main(["out/ckpt.pt", "photo.png", "--threshold", "0", "--attention"])
+    for path in ("out/ckpt.pt", "classes/ckpt.pt"):
+        evaluate.main([path, *["--layers"] * (path == "out/ckpt.pt"), "--num_workers", "0"])
+    weight = nn.Linear(2, 2).to("cpu").weight
+    for make in (lambda: weight.double(), lambda: weight.sum() + torch.ones(1).double()):
+        refused("makes float64", make, error=AssertionError)
+
+
+def test_mps_has_its_own_memory_format_and_one_process(monkeypatch):
+    assert memory_format("mps") == torch.contiguous_format
+    assert {memory_format(d) for d in ("cpu", "cuda:1")} == {torch.channels_last}
+    monkeypatch.setenv("RANK", "0")
+    refused("--device mps trains on one process", train.start_processes, "mps")
+
+
+EXPORTED = [("detr_tiny", dict(encoder_mixer=a, decoder_mixer=b, enc_layers=1, dec_layers=1))
+            for a, b in zip([*MIXERS][::2], [*MIXERS][1::2])]
+EXPORTED += [("detr_tiny", dict(backbone="metaformer_tiny", backbone_stage=2, enc_layers=1,
+                                dec_layers=1, masks=True, position_embedding="learned"))]
+EXPORTED += [("metaformer_tiny", dict(depths="1,1,1,1", mixers=",".join(([*MIXERS] * 2)[k:k + 4])))
+             for k in range(0, len(MIXERS), 4)]
+EXPORTED += [("caformer_s18", dict(depths="1,1,1,1", widths="8,8,64,64")),
+             ("vit_ti", dict(depths="1"))]
+
+
+@pytest.mark.parametrize("name, options", EXPORTED, ids=str)
+def test_an_exported_network_computes_what_the_network_computes(name, options):
+    model = build_model(name, **options).eval()
+    height = getattr(model.cfg, "image_size", 48)                   # of a classifier
+    images = torch.randint(256, (1, 3, height, max(height, 64)), dtype=torch.uint8)
+    exported = torch.export.export(model, (images,)).module()
+    assert_close(exported(images), model(images), rtol=0, atol=1e-6)
 
 
 # -- bench.py, and what makes it fast ------------------------------------------------------------
