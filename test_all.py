@@ -2341,9 +2341,10 @@ def test_files_that_do_not_fit_are_refused(options, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ("--gt a --dt b --save_json c", "unrecognized arguments: --save_json c"),
+    ("--gt a --dt b --save_json c", "--save_json is no option, did you mean --json?"),
     ("--gt=a --dt=b ckpt.pt", "unrecognized arguments: ckpt.pt"),
-    ("ckpt.pt --strict", "unrecognized arguments: --strict"), ("--gt a", "required: --dt")])
+    ("ckpt.pt --strict", "--strict is no option, --help lists all options"),
+    ("--gt a", "required: --dt")])
 def test_options_of_a_checkpoint_and_of_two_files_are_told_apart(capsys, options, words):
     refused("2", evaluate.main, options.split(), error=SystemExit)
     assert f"{words}\n" in capsys.readouterr().err
@@ -3473,6 +3474,17 @@ def test_each_format_gives_the_same_boxes_and_the_same_coco_file(layout, tmp_pat
     assert again.format_name == "COCO"             # of a plain path, too
 
 
+@pytest.mark.parametrize("layout", [k for k in LAYOUTS if k != "folders"])      # named in train
+def test_the_validation_split_alone_can_be_evaluated(layout, tmp_path):
+    format, files = LAYOUTS[layout]
+    write_files({name: content for name, content in files.items()
+                 if not re.search(r"train|\ba\.(jpg|xml|txt)", name)}, tmp_path)
+    boxes, dataset = found_in(tmp_path, "val", val_split=1.0)
+    assert (boxes, dataset.format_name) == ({"b.jpg": CAT_AND_DOG}, format)
+    refused("has no train split|train not found|train/images not found|a.jpg not found",
+            found_in, tmp_path)
+
+
 def test_an_absolute_path_and_the_yaml_file_itself_are_taken(tmp_path):
     write_files(YOLO_1, tmp_path / "far")
     write_files({"my.yaml": f"train: {tmp_path}/far/images/train\nval: images/val\n"
@@ -3896,6 +3908,20 @@ def test_a_misspelt_option_or_value_gets_the_nearest_names(words, advice, capsys
     assert run(*words.split()) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert advice in message and len(message) < 180
+
+
+@pytest.mark.parametrize("command, words, advice", [
+    (evaluate.main, "a.pt --thresold 1", "--thresold is no option, did you mean --threshold?"),
+    (evaluate.main, "--gt a --dtt b", "--dtt is no option, did you mean --dt?"),
+    (coco_eval_py.main, "--gtt=a", "--gtt is no option, did you mean --gt?"),  # not: --gt missing
+    (predict.main, "a.pt b.jpg --top-k 3", "--top-k is no option, did you mean --top?"),
+    (check_data.main, "a --image", "--image is no option, did you mean --images?"),
+    (bench.options().parse_args, "step --xyzzy", "--xyzzy is no option, --help lists all options"),
+    (study.parse_args, "S1 --seed 3 -- --lr 3", "--seed is no option, did you mean --seeds?"),
+    (study.parse_args, "S1 -- --lrr 3", "--lrr is no option, did you mean --lr or --lr_drop?")])
+def test_every_command_names_the_nearest_flags(command, words, advice, capsys):
+    refused("2", command, words.split(), error=SystemExit)
+    assert capsys.readouterr().err.endswith(f"error: {advice}\n")
 
 
 def test_help_is_a_page_and_help_all_has_everything(capsys):
