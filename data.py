@@ -317,7 +317,8 @@ class CocoDataset(DetectionDataset):
         unknown = [name for name in ids if name not in label_of]
         if unknown:
             raise UserError(f"{json_path} has categories that the model was not trained on: "
-                            f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
+                            f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}; "
+                            f"rename them (those of YOLO in data.yaml or classes.txt)")
         self.missing = [name for name in self.classes if name and name not in ids]
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         self.labels = np.array([label_of[name] for name in ids])[arrays["categories"]]

@@ -463,9 +463,7 @@ def yolo_splits(root):
             places[split] = yaml_places(path, found, split)
         except UserFileError as error:             # told where the split is read, if it is
             missing[split] = error
-    if missing and not places:
-        raise next(iter(missing.values()))
-    if not any(places.values()):
+    if not any(places.values()) and not missing:
         patterns = (("images/{}", "labels/{}"), ("{}/images", "{}/labels"), ("{}", "{}"),
                     ("images", "labels"), (".", "."))
         pairs = find_pairs(root, ".txt", patterns)

@@ -124,8 +124,9 @@ def describe_objects(detector, image, path, args):
         pictures["attention"] = attention_sheet(
             detector.model, detector.pixels(image), image, found, args.points, args.heads,
             args.field)
-    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, scores)) or (
-        f"nothing over {detector.threshold:g}")
+    words = [f"{name} {score:.2f}" for name, score in zip(names[:10], scores)]
+    words += [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    text = ", ".join(words) or f"nothing over {detector.threshold:g}"
     return text, {"detections": rows}, pictures
 
 
