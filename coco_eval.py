@@ -884,22 +884,22 @@ class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a misspelt flag with the nearest ones. Abbreviations are off,
     so that a typo is an error; the description is printed as it is."""
 
-    def __init__(self, **options):
-        super().__init__(**{"allow_abbrev": False,
-                            "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
         args, known = sys.argv[1:] if args is None else args, list(self._option_string_actions)
         for word in args[:args.index("--")] if "--" in args else args:
             flag = re.match(r"--?([A-Za-z][\w-]*)", word)
-            if flag and flag[0] not in known:
-                name = f"--{flag[1].replace('-', '_')}"
-                close = difflib.get_close_matches(name, known, 3, 0.7)
-                close += [k for k in known if k.startswith(name) and k not in close]
-                every = "--help_all" if "--help_all" in known else "--help"
-                advice = f"did you mean {' or '.join(close[:3])}?" if close else (
-                    f"{every} lists all options")
-                self.error(f"{flag[0]} is no option, {advice}")
+            if not flag or flag[0] in known:
+                continue
+            name = f"--{flag[1].replace('-', '_')}"
+            close = difflib.get_close_matches(name, known, 3, 0.7)
+            close += [k for k in known if k.startswith(name) and k not in close]
+            advice = f"did you mean {' or '.join(close[:3])}?"
+            if not close:
+                advice = f"{'--help_all' if '--help_all' in known else '--help'} lists all options"
+            self.error(f"{flag[0]} is no option, {advice}")
         return super().parse_args(args, namespace)
 
 

@@ -317,8 +317,7 @@ class CocoDataset(DetectionDataset):
         unknown = [name for name in ids if name not in label_of]
         if unknown:
             raise UserError(f"{json_path} has categories that the model was not trained on: "
-                            f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}; "
-                            f"rename them (those of YOLO in data.yaml or classes.txt)")
+                            f"{unknown[:20]}; it knows {[c for c in self.classes if c][:20]}")
         self.missing = [name for name in self.classes if name and name not in ids]
         self.category_ids = [ids.get(name) for name in self.classes]  # None: not in this file
         self.labels = np.array([label_of[name] for name in ids])[arrays["categories"]]
@@ -404,7 +403,7 @@ def collate(samples):
 def to_device(images, valid, device):
     """A batch on the device; valid is None without padding, so that attention needs no mask."""
     padded = not valid.all()                       # on the CPU, where it waits for no device
-    images = images.to(device, non_blocking=images.is_pinned())      # the host does not wait either
+    images = images.to(device, non_blocking=images.is_pinned())      # pinned: the host goes on
     return images, valid.to(device, non_blocking=valid.is_pinned()) if padded else None
 
 

@@ -484,6 +484,7 @@ def yolo_splits(root):
     for split, own in places.items():
         if own:
             name = f"{path} ({split})" if path else pairs[split][1]
+            name += "" if names else " (no data.yaml or classes.txt)"
             image_dir = folder_of(own)
             splits[split] = Labels("YOLO", name, image_dir,
                                    partial(read_yolo, name, image_dir, own, names, every))
