@@ -52,7 +52,7 @@ import resnet
 import segmentation
 import train
 from classification import ClassLossConfig
-from coco_eval import UserError, check_output
+from coco_eval import FlagParser, UserError, check_output
 from evaluate import autocast
 from metaformer import METAFORMERS, TokenGroupNorm
 from mixers import MIXERS
@@ -809,8 +809,7 @@ MODES = {"forward": bench_model, "loss": bench_model, "masks": bench_model, "ste
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("mode", choices=MODES)
     add("--repeats", type=int, default=7)

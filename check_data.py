@@ -8,7 +8,6 @@
 The arrays of large files that passed the checks are kept in a cache, which is here too.
 """
 
-import argparse
 import hashlib
 import os
 import reprlib
@@ -26,7 +25,7 @@ except ImportError:                                # Windows
 import numpy as np
 import torch
 
-from coco_eval import UserError, UserFileError, read_json, run_command
+from coco_eval import FlagParser, UserError, UserFileError, read_json, run_command
 
 
 # -- the checks of a COCO file -------------------------------------------------------------------
@@ -412,7 +411,7 @@ def compare_splits(train, val):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         usage="python check_data.py DIR | JSON IMAGES [VAL_JSON VAL_IMAGES] [--images] "
               "[--to FILE] [--draw N]",
         description="Check a data set: a summary, then all its faults; exit code 1 if it has any.")

@@ -21,9 +21,11 @@ Source: arXiv:1405.0312 and cocodataset.org/#detection-eval.
 """
 
 import argparse
+import difflib
 import gc
 import json
 import os
+import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -878,6 +880,29 @@ def check_output(flag, path, *inputs):
                         f"writes: give another name")
 
 
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a misspelt flag with the nearest ones. Abbreviations are off,
+    so that a typo is an error; the description is printed as it is."""
+
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        args, known = sys.argv[1:] if args is None else args, list(self._option_string_actions)
+        for word in args[:args.index("--")] if "--" in args else args:
+            flag = re.match(r"--?([A-Za-z][\w-]*)", word)
+            if not flag or flag[0] in known:
+                continue
+            name = f"--{flag[1].replace('-', '_')}"
+            close = difflib.get_close_matches(name, known, 3, 0.7)
+            close += [k for k in known if k.startswith(name) and k not in close]
+            advice = f"did you mean {' or '.join(close[:3])}?"
+            if not close:
+                advice = f"{'--help_all' if '--help_all' in known else '--help'} lists all options"
+            self.error(f"{flag[0]} is no option, {advice}")
+        return super().parse_args(args, namespace)
+
+
 def add_error_flags(parser):
     """The flags for what diagnose.py tells of detections."""
     parser.add_argument("--errors", default="", metavar="PNG",
@@ -888,8 +913,7 @@ def add_error_flags(parser):
 
 def main(argv=None):
     """The command: reads two files, prints the summary and the table of classes."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--gt", required=True, help="COCO instances file")
     parser.add_argument("--dt", required=True, help="detections in COCO results format")
     parser.add_argument("--iou_type", default="bbox", help="bbox, or segm to compare masks")

@@ -69,7 +69,7 @@ class TrainConfig:
     eval_batch_size: Annotated[int, "images per batch in evaluation, each process", 1] = 4
     log_every: Annotated[int, "steps between printed lines", 1] = 50
     num_workers: Annotated[int, "loader processes of each process; -1: by the cores", -1] = -1
-    device: Annotated[str, "auto: a GPU if there is one", ("auto", "cpu", "cuda")] = "auto"
+    device: Annotated[str, "auto: cuda if there is one", ("auto", "cpu", "cuda", "mps")] = "auto"
     dtype: Annotated[str, "of autocast; auto: bfloat16 where the GPU has it",
                      ("auto", "float32", "bfloat16")] = "auto"
     compile: Annotated[bool, "torch.compile the network"] = False

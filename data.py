@@ -403,8 +403,8 @@ def collate(samples):
 def to_device(images, valid, device):
     """A batch on the device; valid is None without padding, so that attention needs no mask."""
     padded = not valid.all()                       # on the CPU, where it waits for no device
-    images = images.to(device, non_blocking=True)
-    return images, valid.to(device, non_blocking=True) if padded else None
+    images = images.to(device, non_blocking=images.is_pinned())      # pinned: the host goes on
+    return images, valid.to(device, non_blocking=valid.is_pinned()) if padded else None
 
 
 def sort_by_shape(shapes, batch_size):

@@ -11,7 +11,6 @@ How average precision is computed is told in coco_eval.py, up to its line "masks
 Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,8 +24,8 @@ from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
 import diagnose
-from coco_eval import (UserError, ap_table, check_output, coco_eval, evaluate_columns, result_json,
-                       run_command, summary, writing)
+from coco_eval import (FlagParser, UserError, ap_table, check_output, coco_eval, evaluate_columns,
+                       result_json, run_command, summary, writing)
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
@@ -69,10 +68,9 @@ def detection_rows(outputs, targets, dataset):
     for target, d in zip(targets, found):
         check_finite(d, dataset.image_ids[target["index"]])
         x1y1, x2y2 = d["boxes"][:, :2], d["boxes"][:, 2:]
-        image = torch.full_like(d["scores"], target["index"], dtype=torch.float64)
-        row = torch.cat([image[:, None], d["labels"][:, None], d["scores"][:, None], x1y1,
-                         x2y2 - x1y1], 1)                           # float64, as image is
-        rows.append(row.cpu())
+        row = torch.cat([d["labels"][:, None], d["scores"][:, None], x1y1, x2y2 - x1y1], 1).cpu()
+        image = torch.full((len(row), 1), target["index"], dtype=torch.float64)
+        rows.append(torch.cat([image, row], 1))                     # float64 here: MPS has none
     return torch.cat(rows)
 
 
@@ -222,7 +220,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {device} cannot be used: {reason}") from None
     return device
 
@@ -264,8 +262,7 @@ def evaluation_set(args, model, info):
 
 def parse_args(argv):
     """The command line as a Namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("--data", default="",
                         help="folder in COCO, YOLO or VOC format; classifiers: val/<class>/*.jpg")

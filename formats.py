@@ -443,6 +443,11 @@ def folder_of(places):
     return os.path.commonpath(folders) or "."
 
 
+def raise_error(error):
+    """The reader of a split whose places are not there."""
+    raise error
+
+
 def yolo_splits(root):
     """{split: Labels} of YOLO's layouts, {} for another folder. root: a folder or a data.yaml."""
     files = [root] if os.path.isfile(root) else [
@@ -452,9 +457,13 @@ def yolo_splits(root):
 
     # data.yaml says where the images are, or where it does not, the folders do
     found = read_data_yaml(path) if path else {}
-    places = {split: yaml_places(path, found, split) for split in SPLIT_NAMES if split in found}
-    pairs = {}
-    if not any(places.values()):
+    places, missing, pairs = {}, {}, {}
+    for split in [name for name in SPLIT_NAMES if name in found]:
+        try:
+            places[split] = yaml_places(path, found, split)
+        except UserFileError as error:             # told where the split is read, if it is
+            missing[split] = error
+    if not any(places.values()) and not missing:
         patterns = (("images/{}", "labels/{}"), ("{}/images", "{}/labels"), ("{}", "{}"),
                     ("images", "labels"), (".", "."))
         pairs = find_pairs(root, ".txt", patterns)
@@ -475,9 +484,12 @@ def yolo_splits(root):
     for split, own in places.items():
         if own:
             name = f"{path} ({split})" if path else pairs[split][1]
+            name += "" if names else " (no data.yaml or classes.txt)"
             image_dir = folder_of(own)
             splits[split] = Labels("YOLO", name, image_dir,
                                    partial(read_yolo, name, image_dir, own, names, every))
+    for split, error in missing.items():
+        splits[split] = Labels("YOLO", path, os.path.dirname(path), partial(raise_error, error))
     return splits
 
 

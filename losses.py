@@ -65,7 +65,8 @@ def gather_pairs(pairs, targets, device):
     L = len(pairs)
     index = torch.cat(index, 1).view(3, L, -1)                                          # (3, L, M)
     labels, boxes = torch.cat(labels).view(L, -1), torch.cat(boxes).view(L, -1, 4)
-    index, labels, boxes = (x.to(device, non_blocking=True) for x in (index, labels, boxes))
+    on_gpu = device.type == "cuda"                 # where the host need not wait
+    index, labels, boxes = (x.to(device, non_blocking=on_gpu) for x in (index, labels, boxes))
     return tuple(index), labels, boxes
 
 

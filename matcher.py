@@ -28,7 +28,8 @@ def pad_targets(targets, num_classes, device):
     for i, t in enumerate(targets):
         labels[i, :len(t["labels"])] = t["labels"]
         boxes[i, :len(t["labels"])] = t["boxes"]
-    return labels.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+    on_gpu = device.type == "cuda"                 # where the host need not wait
+    return labels.to(device, non_blocking=on_gpu), boxes.to(device, non_blocking=on_gpu)
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@ An annotation holds the type, the help, and where there is a limit the least num
 import argparse
 import difflib
 import math
-import re
 import sys
 import textwrap
 from dataclasses import fields
 from functools import partial
 from typing import get_args, get_type_hints
 
-from coco_eval import UserError
+from coco_eval import FlagParser, UserError
 
 
 def annotations(config):
@@ -85,34 +84,20 @@ def lists_of_names(configs):
                                      break_on_hyphens=False) for name, names in lists.items())
 
 
-def check_flags(parser, argv, known):
-    """A usage error for the first word that looks like a flag but is none, with the nearest."""
-    for word in argv:
-        flag = re.match(r"--?([A-Za-z][\w-]*)", word)
-        if flag and flag[0] not in known:
-            name = flag[1].replace("-", "_")
-            close = difflib.get_close_matches(f"--{name}", known, 3, 0.7)
-            close += [k for k in known if k.startswith(f"--{name}") and k not in close][:3]
-            advice = f"did you mean {' or '.join(close[:3])}?" if close else (
-                "python train.py --help_all lists all options")
-            parser.error(f"{flag[0]} is no option, {advice}")
-
-
 def read_options(argv, description, configs, presets, groups, hidden=()):
     """The parser, and the flags that were given as a dict.
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
     --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both; if one is a boolean, the later. Abbreviations are off, so that a
-    typo is an error. groups: {first field of a group: its title} for --help_all; --help has the
-    fields in groups[""] alone.
+    one flag, whose help has both; if one is a boolean, the later. groups: {first field of a group:
+    its title} for --help_all; --help has the fields in groups[""] alone.
     """
     argv = sys.argv[1:] if argv is None else argv
     short = "--help_all" not in argv
     end = "Defaults are those for COCO; built-in shapes, class folders and --overfit have others."
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--option value ...]", allow_abbrev=False,
-        description=description, epilog=end if short else lists_of_names(configs),
+    parser = FlagParser(
+        usage="python train.py [--option value ...]", description=description,
+        epilog=end if short else lists_of_names(configs),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27,
                                 width=100))
     parser.add_argument("--help_all", action="help", help="all options, models and backbones")
@@ -136,5 +121,4 @@ def read_options(argv, description, configs, presets, groups, hidden=()):
                     type=type_, metavar={int: "N", float: "X", str: "VALUE"}[type_])
                 flags[name] = group.add_argument(f"--{name}", help=text,
                                                  default=argparse.SUPPRESS, **kind)
-    check_flags(parser, argv, list(parser._option_string_actions))
     return parser, vars(parser.parse_args(argv))

@@ -12,7 +12,6 @@ at the epochs that all of them have. Reads log.txt or steps.txt, one JSON object
 .gz. bench.py and study.py draw here, too. Needs matplotlib (requirements-dev.txt).
 """
 
-import argparse
 import gzip
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from coco_eval import UserError, UserFileError, check_output, run_command, writing
+from coco_eval import FlagParser, UserError, UserFileError, check_output, run_command, writing
 
 
 # what is drawn of a run by its kind and the file that is read, three panels in a row
@@ -253,8 +252,7 @@ def plot_noise(rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("logs", nargs="+", help="log files, or folders that hold one")
     parser.add_argument("--steps", action="store_true", help="read steps.txt instead of log.txt")
     parser.add_argument("--official_log", default="", metavar="LOG",

@@ -9,7 +9,6 @@
 it gets, beside the Grad-CAM of the best class.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coco_eval import UserError, UserFileError, run_command, writing
+from coco_eval import FlagParser, UserError, UserFileError, run_command, writing
 from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from classification import center_crop
@@ -125,8 +124,9 @@ def describe_objects(detector, image, path, args):
         pictures["attention"] = attention_sheet(
             detector.model, detector.pixels(image), image, found, args.points, args.heads,
             args.field)
-    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, scores)) or (
-        f"nothing over {detector.threshold:g}")
+    words = [f"{name} {score:.2f}" for name, score in zip(names[:10], scores)]
+    words += [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    text = ", ".join(words) or f"nothing over {detector.threshold:g}"
     return text, {"detections": rows}, pictures
 
 
@@ -162,8 +162,7 @@ def point(text):
 
 def parse_args(argv):
     """The command line as a Namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("checkpoint", help="of train.py, or an officially released file")
     parser.add_argument("images", nargs="+", help="image files, and folders of them")
     parser.add_argument("--out", default="predictions",

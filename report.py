@@ -224,7 +224,8 @@ class Interval:
 
     def add(self, losses):
         """Adds the losses of a step, 0-dim tensors on the device; the host does not wait."""
-        self.sums = {k: self.sums.get(k, 0) + v.double() for k, v in losses.items()}
+        self.sums = {k: self.sums.get(k, 0) + (v if v.is_mps else v.double())
+                     for k, v in losses.items()}                     # MPS has no float64
         self.steps, self.steps_since_start = self.steps + 1, self.steps_since_start + 1
         if self.steps_since_start == 1:
             self.first_end = time.time()
@@ -568,7 +569,8 @@ def last_saved(cfg):
 def is_out_of_memory(error):
     """Whether it is that, of a GPU or of the system, for which torch has no class of its own."""
     kinds = MemoryError, torch.cuda.OutOfMemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    words = "can't allocate memory", "MPS backend out of memory"
+    return isinstance(error, kinds) or any(w in str(error) for w in words)
 
 
 def hint(error):

@@ -14,6 +14,13 @@ import torch.nn.functional as F
 from images import PIXEL_MEAN, PIXEL_STD
 
 
+def memory_format(device):
+    """How maps and the weights of convolutions lie in memory: channels last, which is fastest; on
+    MPS, where batch norm's gradient would be wrong (pytorch issue 175189), channels first."""
+    mps = torch.device(device).type == "mps"
+    return torch.contiguous_format if mps else torch.channels_last
+
+
 class Normalise(nn.Module):
     """Images with ImageNet's mean subtracted, divided by its standard deviation, in float32.
 
@@ -32,7 +39,7 @@ class Normalise(nn.Module):
             raise ValueError(f"images of shape {tuple(images.shape)} given, expected "
                              f"(B, 3, IH, IW)")
         # in place: on a CPU the memory of another map costs more time than the arithmetic
-        x = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        x = images.to(torch.float32, memory_format=memory_format(images.device), copy=True)
         x.sub_(self.mean).div_(self.std)
         return x if valid is None else x.mul_(valid[:, None])
 

@@ -15,7 +15,6 @@ Tables are printed in Markdown. All numbers are added to assets/study.json, each
 it ran on ("-dirty": a program was changed); the pictures assets/study_*.png need matplotlib.
 """
 
-import argparse
 import json
 import math
 import os
@@ -34,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # the runs have the other cores
 import numpy as np
 from scipy.stats import t as student_t
 
-from coco_eval import run_command
+from coco_eval import FlagParser, run_command
 from config import PRESETS, parse_options
 from report import hms
 from study_probes import (NOISE, REACH, measure_attention, measure_cost, measure_layers,
@@ -572,9 +571,8 @@ def parse_args(argv):
     more = []
     if "--" in argv:
         argv, more = argv[:argv.index("--")], argv[argv.index("--") + 1:]
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, usage="python study.py [PART ...] [options] "
-        "[-- options of train.py]", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, usage="python study.py [PART ...] [options] "
+                                                   "[-- options of train.py]")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, cost")
     add("--list", action="store_true", help="parts and arms; nothing is run")

@@ -36,6 +36,7 @@ report.py, plot.py          what one sees of a run      -k "validation or consta
 diagnose.py                 errors, layers, queries     -k "errs or error_costs or confus or slots"
 classification.py           training and evaluation     -k "classifier or class_folders"
 predict.py, attention.py    what a network looks at     -k "attention or field or cam or predict"
+evaluate.py, predict.py     devices, export             -k "float64 or mps or exported"
 bench.py                    and what makes it fast      -k "bench or lever"
 segmentation.py             masks, panoptic, training   -k "mask or panoptic"
 study.py, study_probes.py                               -k study
@@ -82,6 +83,8 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import coco_eval as coco_eval_py
@@ -107,7 +110,7 @@ from mixers import MIXERS, AttentionMixer, MixerConfig
 from images import PIXEL_MEAN, PIXEL_STD, draw_boxes, read_image, resized
 from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
 from check_data import check_coco, open_images
-from resnet import FrozenBatchNorm2d, ResNet, conv_norm
+from resnet import FrozenBatchNorm2d, ResNet, conv_norm, memory_format
 from metaformer import METAFORMERS, MetaFormerConfig, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
                             accuracy_json, accuracy_table, center_crop, class_accuracy, class_rows,
@@ -2342,9 +2345,10 @@ def test_files_that_do_not_fit_are_refused(options, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ("--gt a --dt b --save_json c", "unrecognized arguments: --save_json c"),
+    ("--gt a --dt b --save_json c", "--save_json is no option, did you mean --json?"),
     ("--gt=a --dt=b ckpt.pt", "unrecognized arguments: ckpt.pt"),
-    ("ckpt.pt --strict", "unrecognized arguments: --strict"), ("--gt a", "required: --dt")])
+    ("ckpt.pt --strict", "--strict is no option, --help lists all options"),
+    ("--gt a", "required: --dt")])
 def test_options_of_a_checkpoint_and_of_two_files_are_told_apart(capsys, options, words):
     refused("2", evaluate.main, options.split(), error=SystemExit)
     assert f"{words}\n" in capsys.readouterr().err
@@ -3474,6 +3478,17 @@ def test_each_format_gives_the_same_boxes_and_the_same_coco_file(layout, tmp_pat
     assert again.format_name == "COCO"             # of a plain path, too
 
 
+@pytest.mark.parametrize("layout", [k for k in LAYOUTS if k != "folders"])      # named in train
+def test_the_validation_split_alone_can_be_evaluated(layout, tmp_path):
+    format, files = LAYOUTS[layout]
+    write_files({name: content for name, content in files.items()
+                 if not re.search(r"train|\ba\.(jpg|xml|txt)", name)}, tmp_path)
+    boxes, dataset = found_in(tmp_path, "val", val_split=1.0)
+    assert (boxes, dataset.format_name) == ({"b.jpg": CAT_AND_DOG}, format)
+    refused("has no train split|train not found|train/images not found|a.jpg not found",
+            found_in, tmp_path)
+
+
 def test_an_absolute_path_and_the_yaml_file_itself_are_taken(tmp_path):
     write_files(YOLO_1, tmp_path / "far")
     write_files({"my.yaml": f"train: {tmp_path}/far/images/train\nval: images/val\n"
@@ -3887,7 +3902,7 @@ def test_scenes_other_than_the_plain_ones_are_larger_images():
     ("--batch-size=3", "--batch-size is no option, did you mean --batch_size or"),
     ("-lr 1", "-lr is no option, did you mean --lr or"),
     ("--no-augmet", "did you mean --no-augment"),
-    ("--xyzzy", "--xyzzy is no option, python train.py --help_all lists all options"),
+    ("--xyzzy", "--xyzzy is no option, --help_all lists all options"),
     ("--mixer atention", "--mixer atention is unknown, did you mean attention?"),
     ("--mixer zzz", "--mixer zzz is unknown, use one of: attention, pool,"),
     ("--backbone Resnet5", "is unknown, did you mean resnet50 or"),
@@ -3897,6 +3912,20 @@ def test_a_misspelt_option_or_value_gets_the_nearest_names(words, advice, capsys
     assert run(*words.split()) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert advice in message and len(message) < 180
+
+
+@pytest.mark.parametrize("command, words, advice", [
+    (evaluate.main, "a.pt --thresold 1", "--thresold is no option, did you mean --threshold?"),
+    (evaluate.main, "--gt a --dtt b", "--dtt is no option, did you mean --dt?"),
+    (coco_eval_py.main, "--gtt=a", "--gtt is no option, did you mean --gt?"),  # not: --gt missing
+    (predict.main, "a.pt b.jpg --top-k 3", "--top-k is no option, did you mean --top?"),
+    (check_data.main, "a --image", "--image is no option, did you mean --images?"),
+    (bench.options().parse_args, "step --xyzzy", "--xyzzy is no option, --help lists all options"),
+    (study.parse_args, "S1 --seed 3 -- --lr 3", "--seed is no option, did you mean --seeds?"),
+    (study.parse_args, "S1 -- --lrr 3", "--lrr is no option, did you mean --lr or --lr_drop?")])
+def test_every_command_names_the_nearest_flags(command, words, advice, capsys):
+    refused("2", command, words.split(), error=SystemExit)
+    assert capsys.readouterr().err.endswith(f"error: {advice}\n")
 
 
 def test_help_is_a_page_and_help_all_has_everything(capsys):
@@ -5121,6 +5150,84 @@ def test_predict_gives_the_five_best_classes_as_evaluation_does(capsys, monkeypa
     for flag in ("--attention", "--threshold 0.5", "--max_size 9"):
         refused(f"{flag.split()[0]} is for detectors, official.pth holds a classifier",
                 predict.main, [*given, *flag.split()])
+
+
+# -- from Python, on other devices, exported -----------------------------------------------------
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a device would make float64, which MPS has not. The CPU stands for the device:
+    what `put` names is on it, and all that is computed from it, up to .cpu()."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}                                        # kept, so that no address recurs
+
+    def put(self, tensors):
+        storages = [x.untyped_storage() for x in tensors if x.numel()]
+        self.storages.update((storage.data_ptr(), storage) for storage in storages)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+                       for tree in ((args, kwargs), results))
+        if any(x.untyped_storage().data_ptr() in self.storages for x in given):
+            assert all(x.dtype != torch.float64 for x in made), f"{func} makes float64"
+            self.put(made)
+        return results
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    """That mode, with all modules on the device that are put on one."""
+    mode, to = NoFloat64(), nn.Module.to
+
+    def put(module, *args, **options):
+        mode.put([*module.parameters(), *module.buffers()])
+        return to(module, *args, **options)
+    monkeypatch.setattr(nn.Module, "to", put)
+    monkeypatch.setattr(torch.Tensor, "is_mps", True, raising=False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.from_numpy(x.detach().numpy().copy()))
+    with mode:
+        yield mode
+
+
+def test_no_float64_is_made_on_a_device(no_float64, capsys):
+    few = "--train_shapes 8 --val_shapes 3 --epochs 1".split()
+    assert run(*TINY, *few, "--masks", "--class_weights", "balanced") == 0
+    assert run(*CLASSIFIER, *few, "--output_dir", "classes") == 0
+    Image.new("RGB", (40, 30)).save("photo.png")
+    predict.main(["out/ckpt.pt", "photo.png", "--threshold", "0", "--attention"])
+    for path in ("out/ckpt.pt", "classes/ckpt.pt"):
+        evaluate.main([path, *["--layers"] * (path == "out/ckpt.pt"), "--num_workers", "0"])
+    weight = nn.Linear(2, 2).to("cpu").weight
+    for make in (lambda: weight.double(), lambda: weight.sum() + torch.ones(1).double()):
+        refused("makes float64", make, error=AssertionError)
+
+
+def test_mps_has_its_own_memory_format_and_one_process(monkeypatch):
+    assert memory_format("mps") == torch.contiguous_format
+    assert {memory_format(d) for d in ("cpu", "cuda:1")} == {torch.channels_last}
+    monkeypatch.setenv("RANK", "0")
+    refused("--device mps trains on one process", train.start_processes, "mps")
+
+
+EXPORTED = [("detr_tiny", dict(encoder_mixer=a, decoder_mixer=b, enc_layers=1, dec_layers=1))
+            for a, b in zip([*MIXERS][::2], [*MIXERS][1::2])]
+EXPORTED += [("detr_tiny", dict(backbone="metaformer_tiny", backbone_stage=2, enc_layers=1,
+                                dec_layers=1, masks=True, position_embedding="learned"))]
+EXPORTED += [("metaformer_tiny", dict(depths="1,1,1,1", mixers=",".join(([*MIXERS] * 2)[k:k + 4])))
+             for k in range(0, len(MIXERS), 4)]
+EXPORTED += [("caformer_s18", dict(depths="1,1,1,1", widths="8,8,64,64")),
+             ("vit_ti", dict(depths="1"))]
+
+
+@pytest.mark.parametrize("name, options", EXPORTED, ids=str)
+def test_an_exported_network_computes_what_the_network_computes(name, options):
+    model = build_model(name, **options).eval()
+    height = getattr(model.cfg, "image_size", 48)                   # of a classifier
+    images = torch.randint(256, (1, 3, height, max(height, 64)), dtype=torch.uint8)
+    exported = torch.export.export(model, (images,)).module()
+    assert_close(exported(images), model(images), rtol=0, atol=1e-6)
 
 
 # -- bench.py, and what makes it fast ------------------------------------------------------------

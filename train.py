@@ -6,7 +6,6 @@
     python train.py --train_json A --train_images DIR --val_json B --val_images DIR
     python train.py --model poolformer_s12 --data DIR         # DIR/{train,val}/<class>/*.jpg
     python train.py --model metaformer_tiny --mixers pool     # a classifier of built-in shapes
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py
 
 The same command again continues from the checkpoint in --output_dir. Papers: DETR,
 arXiv:2005.12872; MetaFormer, arXiv:2111.11418.
@@ -32,11 +31,12 @@ from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
 from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_output_dir, save_run,
                         truncate_logs)
 from model import build_model
+from resnet import memory_format
 from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
                     parse_options)
-from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
+from evaluate import autocast, check_device, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, ignore_signals, say, say_best,
@@ -62,6 +62,8 @@ def start_processes(device):
                             f"{torch.cuda.device_count()} visible: start fewer, or --device cpu")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+    if device == "mps" and "RANK" in os.environ:
+        raise UserError("--device mps trains on one process: start train.py without torchrun")
     if world > 1 and "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE is {world}, but RANK is not set: start all processes with "
                         f"torchrun, or unset WORLD_SIZE")
@@ -73,7 +75,7 @@ def start_processes(device):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world, device
+    return rank, world, check_device(device)
 
 
 # -- loaders, optimizer, schedule ----------------------------------------------------------------
@@ -126,8 +128,7 @@ def lr_factor(cfg, global_step, steps_per_epoch):
     warmup_steps = cfg.warmup_steps or cfg.warmup_epochs * steps_per_epoch
     warmup = min(1.0, (global_step + 1) / warmup_steps) if warmup_steps else 1.0
     if cfg.schedule == "step":
-        epoch = global_step // steps_per_epoch
-        return warmup * 0.1 ** (epoch // cfg.lr_drop)
+        return warmup * 0.1 ** (global_step // steps_per_epoch // cfg.lr_drop)
     steps = cfg.epochs * steps_per_epoch
     if cfg.schedule == "trapezoid":
         return warmup * min(1.0, (steps - global_step) / (cfg.decay_share * steps))
@@ -196,8 +197,7 @@ def agree(run, micro_batches):
     processes."""
     queries = getattr(run.model_cfg, "num_queries", 1)              # of a classifier
     normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
-    minutes = (time.time() - run.saved) / 60
-    due = bool(run.cfg.save_minutes) and minutes > run.cfg.save_minutes
+    due = 0 < run.cfg.save_minutes < (time.time() - run.saved) / 60
     flags = torch.tensor([run.interrupt["stop"], float(due)])
     total = sum_over_processes(torch.cat([normalizers, flags]))
     return total[:3] / run.world, bool(total[3] > 0), bool(total[4] > 0)
@@ -389,7 +389,7 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     torch.manual_seed(cfg.seed)
     raw_model = build_model(model_cfg)
     weight_lines = first_weights(raw_model, cfg, state, train_set.classes)
-    raw_model.to(device, memory_format=torch.channels_last)
+    raw_model.to(device, memory_format=memory_format(device))
     optimizer = build_optimizer(raw_model, cfg)
     if state:
         load_optimizer(optimizer, state["optimizer"])
