@@ -40,8 +40,7 @@ class TrainConfig:
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
     max_size: Annotated[int, "longest side", 1] = 1333
-    recipe: Annotated[str, "the options for a set of 50 to 2000 images, learned from scratch; those "
-                           "given win", ("", "small")] = ""
+    recipe: Annotated[str, "defaults for 50 to 2000 images, from scratch", ("", "small")] = ""
     augment: Annotated[bool, "random flip, sizes and crops; classifiers: PoolFormer's; light: "
                              "flip and milder crops alone", ("light",)] = True
     group_by_shape: Annotated[bool, "batches of images of like shape"] = True
@@ -157,8 +156,8 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 
 # the groups of --help_all, by their first option; under "" what --help shows
 HELP_GROUPS = {
-    "": """model data train_json train_images val_json val_images val_split overfit image_size
-        epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
+    "": """model data train_json train_images val_json val_images val_split recipe overfit
+        image_size augment epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
         resume output_dir num_workers device mixer backbone num_queries masks""".split(),
     "model": "network and data", "epochs": "optimizer and schedule",
     "backbone_weights": "weights to start from", "output_dir": "the run",
@@ -171,7 +170,8 @@ def parse_options(argv, description):
     """The parser, and the flags that were given as a dict."""
     # the data set says how many classes; only a detector takes stages out of a classifier
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
-    return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
+    presets = PRESETS | {f"small {kind}": preset for kind, preset in RECIPES["small"].items()}
+    return read_options(argv, description, configs, presets, HELP_GROUPS,
                         hidden=("num_classes", "out_stages"))
 
 

@@ -178,7 +178,7 @@ def first_weights(model, cfg, state, classes):
     if cfg.frozen_weights:
         return load_frozen(model, cfg.frozen_weights)
     if cfg.backbone_weights == "none":
-        return []
+        return ["weights  none: learned from scratch"]
     report = load_backbone(model, cfg.backbone_weights)
     return [f"weights  of the backbone: {cfg.backbone_weights}",
             *(f"         {line}" for line in report or ["all taken"])]
