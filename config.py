@@ -157,8 +157,9 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 # the groups of --help_all, by their first option; under "" what --help shows
 HELP_GROUPS = {
     "": """model data train_json train_images val_json val_images val_split recipe overfit
-        image_size augment epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
-        resume output_dir num_workers device mixer backbone num_queries masks""".split(),
+        image_size augment epochs batch_size lr lr_backbone schedule backbone_weights finetune
+        freeze class_weights resume output_dir num_workers device mixer backbone num_queries
+        masks""".split(),
     "model": "network and data", "epochs": "optimizer and schedule",
     "backbone_weights": "weights to start from", "output_dir": "the run",
     "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
@@ -179,8 +180,9 @@ def make_configs(given):
     """The configs of model, loss and training of a dict of options.
 
     An option has the value given, else that of the --resume checkpoint, else that of the recipe,
-    else that of the preset of the kind of data, else that of the model in MODELS, else its default. For a classifier the first
-    two configs are MetaFormerConfig and ClassLossConfig. Raises ValueError.
+    else that of the preset of the kind of data, else that of the model in MODELS, else its default.
+    For a classifier the first two configs are MetaFormerConfig and ClassLossConfig. Raises
+    ValueError.
     """
     options = with_resumed(given)
     if "epochs" in given:

@@ -118,8 +118,8 @@ def plan_training(h, w, image_size, max_size, rng):
 
 
 def plan_light(h, w, image_size, max_size, rng):
-    """A milder augmentation, for small data sets: flip, crop to 0.8 to 1 of both sides, resize to 0.8
-    to 1 of image_size, so that objects have 0.8 to 1.25 of their size in validation."""
+    """A milder one, for small data sets: flip, crop to 0.8 to 1 of both sides, resize to 0.8 to 1
+    of image_size, so that objects have 0.8 to 1.25 of their size in validation."""
     flip, share, scale = rng.random() < 0.5, rng.uniform(0.8, 1), rng.choice((0.8, 0.9, 1))
     crop_h, crop_w = round(share * h), round(share * w)
     crop = rng.randint(0, h - crop_h), rng.randint(0, w - crop_w), crop_h, crop_w

@@ -174,7 +174,11 @@ def first_weights(model, cfg, state, classes):
         load_weights(model, state)
         return []
     if cfg.finetune:
-        return load_finetune(model, cfg.finetune, classes)
+        try:
+            return load_finetune(model, cfg.finetune, classes)
+        except UserError as error:
+            other = f"; or leave out --recipe {cfg.recipe}, which has a network of its own"
+            raise UserError(f"{error}{other if cfg.recipe else ''}") from None
     if cfg.frozen_weights:
         return load_frozen(model, cfg.frozen_weights)
     if cfg.backbone_weights == "none":

@@ -116,8 +116,8 @@ def read_options(argv, description, configs, presets, groups, hidden=()):
     """
     argv = sys.argv[1:] if argv is None else argv
     short = "--help_all" not in argv
-    end = ("Defaults are those for COCO; built-in shapes, class folders, --recipe and --overfit have "
-           "others.")
+    end = ("Defaults are those for COCO; built-in shapes, class folders, --recipe and --overfit "
+           "have others.")
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]", allow_abbrev=False,
         description=description, epilog=end if short else lists_of_names(configs),

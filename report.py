@@ -133,7 +133,7 @@ def describe_images(cfg):
         size = (f"{cfg.image_size} pixels at the shorter side, at most {cfg.max_size} at the "
                 f"longer")
     recipe = f", --recipe {cfg.recipe}" if cfg.recipe else ""
-    return f"         resized to {size}; {augment} augmentation{recipe}"
+    return f"         images of {size}; {augment} augmentation{recipe}"
 
 
 def describe_model(run):
@@ -173,12 +173,12 @@ def advice(run, steps, most):
                      f"or --recipe small, a network that learns in 4,000")
     if cfg.kind == "image_folder" and from_scratch and all_steps < 10_000 and cfg.lr < 5e-4:
         lines.append(f"note     {all_steps} steps; PoolFormer's --lr and --warmup_epochs are for "
-                     f"375,000: give --finetune,\n         or --recipe small, or think of --lr 1e-3 "
-                     f"--warmup_epochs 1")
+                     f"375,000: give --finetune or --recipe small,\n         or think of "
+                     f"--lr 1e-3 --warmup_epochs 1")
     side = typical_side(run.train_loader.dataset, cfg) if cfg.kind == "coco" else math.inf
     if side < 16:
-        lines.append(f"note     half of the objects are smaller than {side:.0f} x {side:.0f} pixels "
-                     f"at --image_size {cfg.image_size}: a larger one finds more of them")
+        lines.append(f"note     half of the objects are smaller than {side:.0f} x {side:.0f} "
+                     f"pixels at --image_size {cfg.image_size}: a larger one finds more of them")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         lines.append(f"restart  {os.environ['TORCHELASTIC_RESTART_COUNT']} of torchrun")
     return lines

@@ -3984,7 +3984,7 @@ def test_a_run_by_recipe_is_continued_and_tells_what_it_does(tmp_path, capsys):
     assert run(*SMALL_RECIPE, *files, "--steps", 5, "--augment", "light") == 0
     shown = capsys.readouterr().out
     assert "2 epochs of 2 steps of 4 images: 4 steps" in shown and "are too few" not in shown
-    assert "32 pixels at the shorter side, at most 53 at the longer; light augmentation, " \
+    assert "images of 32 pixels at the shorter side, at most 53 at the longer; light augmentation, " \
            "--recipe small" in shown and "weights  none" in shown
     first = checkpoint("out/ckpt.pt")["train_config"]
     assert (first["recipe"], first["steps"], first["epochs"], first["eval_every"],
@@ -4067,7 +4067,8 @@ def test_a_data_set_draws_the_plans_of_its_augmentation(augment, plan_of):
 
 
 def test_only_the_training_set_of_a_run_is_augmented():
-    for model, augment in itertools.product(("detr_tiny", "metaformer_tiny"), ("light", True, False)):
+    models = "detr_tiny", "metaformer_tiny"
+    for model, augment in itertools.product(models, ("light", True, False)):
         cfg = make_configs(dict(model=model, augment=augment, train_shapes=6, val_shapes=6))[2]
         assert data.build_dataset(cfg, "train").augment == augment
         assert data.build_dataset(cfg, "val").augment is False
