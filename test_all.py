@@ -3984,8 +3984,8 @@ def test_a_run_by_recipe_is_continued_and_tells_what_it_does(tmp_path, capsys):
     assert run(*SMALL_RECIPE, *files, "--steps", 5, "--augment", "light") == 0
     shown = capsys.readouterr().out
     assert "2 epochs of 2 steps of 4 images: 4 steps" in shown and "are too few" not in shown
-    assert "images of 32 pixels at the shorter side, at most 53 at the longer; light augmentation, " \
-           "--recipe small" in shown and "weights  none" in shown
+    assert ("images of 32 pixels at the shorter side, at most 53 at the longer; light "
+            "augmentation, --recipe small") in shown and "weights  none" in shown
     first = checkpoint("out/ckpt.pt")["train_config"]
     assert (first["recipe"], first["steps"], first["epochs"], first["eval_every"],
             first["augment"]) == ("small", 5, 2, 1, "light")
