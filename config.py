@@ -41,8 +41,8 @@ class TrainConfig:
                                "classifiers: side of all images", 1] = 800
     max_size: Annotated[int, "longest side", 1] = 1333
     recipe: Annotated[str, "defaults for 50 to 2000 images, from scratch", ("", "small")] = ""
-    augment: Annotated[bool, "random flip, sizes and crops; classifiers: PoolFormer's; light: "
-                             "flip and milder crops alone", ("light",)] = True
+    augment: Annotated[bool, "random flip, sizes, crops; classifiers: PoolFormer's; light: flip "
+                             "and milder crops alone; --no-augment: none", ("light",)] = True
     group_by_shape: Annotated[bool, "batches of images of like shape"] = True
     epochs: Annotated[int, "passes over the training images", 1] = 300
     steps: Annotated[int, "about so many optimizer steps, instead of --epochs", 0] = 0

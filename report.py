@@ -168,9 +168,9 @@ def advice(run, steps, most):
                      "best.pt is written")
     from_scratch = not (cfg.finetune or cfg.frozen_weights or cfg.overfit or cfg.recipe)
     if cfg.kind == "coco" and from_scratch and all_steps < 100_000:
-        lines.append(f"note     {all_steps} steps from scratch are too few for this recipe, whose "
-                     f"authors advise 300,000:\n         give --finetune and an official detector, "
-                     f"or --recipe small, a network that learns in 4,000")
+        lines.append(f"note     {all_steps} steps from scratch are too few for the official recipe "
+                     f"(300,000):\n         give --finetune with an official detector, or --recipe "
+                     f"small, made for 4,000")
     if cfg.kind == "image_folder" and from_scratch and all_steps < 10_000 and cfg.lr < 5e-4:
         lines.append(f"note     {all_steps} steps; PoolFormer's --lr and --warmup_epochs are for "
                      f"375,000: give --finetune or --recipe small,\n         or think of "
