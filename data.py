@@ -176,7 +176,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def __init__(self, image_size, max_size, augment, seed):
         self.image_size, self.max_size = image_size, max_size
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed = augment, seed    # augment: True, False or "light"
         self.source = ""                           # the annotations, as messages call them
         self.notes = []                            # lines that a run prints at its start
         self.missing = []                          # classes that the annotations lack
@@ -187,11 +187,11 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def plan(self, epoch, i):
         """The Plan of image i in an epoch: a pure function of (seed, epoch, i)."""
-        sizes = *self.sizes[i].tolist(), self.image_size, self.max_size
+        given = *self.sizes[i].tolist(), self.image_size, self.max_size
         if not self.augment:
-            return plan_validation(*sizes)
+            return plan_validation(*given)
         draw_plan = plan_light if self.augment == "light" else plan_training
-        return draw_plan(*sizes, random.Random(f"{self.seed} {epoch} {i}"))
+        return draw_plan(*given, random.Random(f"{self.seed} {epoch} {i}"))
 
     def size_of(self, epoch, i):
         """(height, width) of image i in an epoch, as the network gets it; no file is opened."""

@@ -177,8 +177,10 @@ def first_weights(model, cfg, state, classes):
         try:
             return load_finetune(model, cfg.finetune, classes)
         except UserError as error:
-            other = f"; or leave out --recipe {cfg.recipe}, which has a network of its own"
-            raise UserError(f"{error}{other if cfg.recipe else ''}") from None
+            if not cfg.recipe or isinstance(error, UserFileError):
+                raise
+            raise UserError(f"{error}; or leave out --recipe {cfg.recipe}, which has a network of "
+                            f"its own") from None
     if cfg.frozen_weights:
         return load_frozen(model, cfg.frozen_weights)
     if cfg.backbone_weights == "none":

@@ -4013,6 +4013,16 @@ def test_a_run_by_recipe_is_continued_and_tells_what_it_does(tmp_path, capsys):
     assert checkpoint("old/ckpt.pt")["train_config"]["augment"] is True
 
 
+def test_weights_of_another_network_do_not_go_with_the_recipe(tmp_path):
+    files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
+    torch.save(build_model(ModelConfig(backbone="resnet_tiny", **SMALL)).state_dict(), "other.pth")
+    message = run("--recipe", "small", *files, "--num_workers", 0, "--finetune", "other.pth")
+    assert "--hidden_dim 32" in message and message.endswith(
+        "; or leave out --recipe small, which has a network of its own")
+    message = run("--recipe", "small", *files, "--num_workers", 0, "--finetune", "gone.pth")
+    assert message == "error: checkpoint gone.pth not found"
+
+
 def advice_of(tmp_path, **given):
     """What the banner advises of a run on two of coco_files' images, whose boxes are 20 x 16."""
     if not (tmp_path / "val.json").exists():
@@ -4058,8 +4068,8 @@ def test_light_augmentation_flips_and_crops_little():
 def test_a_data_set_draws_the_plans_of_its_augmentation(augment, plan_of):
     dataset = ShapesDataset("train", 6, augment=augment, seed=3)
     for epoch, i in itertools.product((0, 1), range(6)):
-        rng_ = random.Random(f"3 {epoch} {i}")
-        assert dataset.plan(epoch, i) == plan_of(64, 64, 64, None, rng_)
+        drawn = plan_of(64, 64, 64, None, random.Random(f"3 {epoch} {i}"))
+        assert dataset.plan(epoch, i) == drawn
         image, target = dataset[epoch, i]
         corners = cxcywh_to_xyxy(target["boxes"])
         assert image.shape[1:] == dataset.size_of(epoch, i)
