@@ -145,9 +145,9 @@ RECIPES = {"small": {
         lr=5e-4, lr_backbone=1e-3, clip_max_norm=1.0, schedule="cosine", warmup_steps=200,
         backbone_weights="none", eval_every=0),
     "image_folder": dict(
-        image_size=96, augment="light", batch_size=16, steps=3000, lr=1e-3, min_lr=0.0,
-        clip_max_norm=1.0, warmup_epochs=0, warmup_steps=200, layer_scale=0.0, drop_path=0.0,
-        eval_every=0)}}
+        image_size=96, augment="light", mixup=0.0, cutmix=0.0, batch_size=16, steps=3000, lr=1e-3,
+        min_lr=0.0, clip_max_norm=1.0, warmup_epochs=0, warmup_steps=200, layer_scale=0.0,
+        drop_path=0.0, eval_every=0)}}
 # options of TrainConfig that mean nothing to a classifier
 DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
                          "backbone_weights", "frozen_weights"}

@@ -3946,7 +3946,7 @@ def test_the_small_recipe_is_the_run_that_was_measured_on_205_images():
     (dict(epochs=7), dict(epochs=7, steps=0)),
     (dict(overfit=8), dict(model="detr_tiny", batch_size=8, epochs=10, steps=0, augment=False)),
     (dict(model="metaformer_tiny"), dict(augment="light", mixup=0, cutmix=0, max_size=96)),
-    (dict(model="metaformer_tiny", augment=True), dict(augment=True, mixup=0.8, cutmix=1)),
+    (dict(model="metaformer_tiny", augment=False), dict(augment=False, mixup=0, cutmix=0)),
     (dict(model="metaformer_tiny", cutmix=0.5), dict(augment="light", mixup=0, cutmix=0.5))])
 def test_a_recipe_lies_between_the_presets_and_the_flags(given, expected):
     options = {}
@@ -4074,6 +4074,14 @@ def test_a_data_set_draws_the_plans_of_its_augmentation(augment, plan_of):
         corners = cxcywh_to_xyxy(target["boxes"])
         assert image.shape[1:] == dataset.size_of(epoch, i)
         assert (corners > -1e-4).all() and (corners < 1.0001).all()
+
+
+def test_light_augmentation_mixes_no_images_unless_asked():
+    folders = dict(model="poolformer_s12", data="x")
+    for given, mixed in ((dict(augment="light"), (0, 0)), (dict(augment=True), (0.8, 1)),
+                         (dict(augment="light", mixup=0.2), (0.2, 0)), (dict(), (0.8, 1))):
+        loss_cfg = make_configs({**folders, **given})[1]
+        assert (loss_cfg.mixup, loss_cfg.cutmix) == mixed
 
 
 def test_only_the_training_set_of_a_run_is_augmented():
