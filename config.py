@@ -41,9 +41,12 @@ class TrainConfig:
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
     max_size: Annotated[int, "longest side", 1] = 1333
-    augment: Annotated[bool, "random flip, sizes and crops; classifiers: PoolFormer's"] = True
+    recipe: Annotated[str, "defaults for 50 to 2000 images, from scratch", ("", "small")] = ""
+    augment: Annotated[bool, "random flip, sizes, crops; classifiers: PoolFormer's; light: flip "
+                             "and milder crops alone; --no-augment: none", ("light",)] = True
     group_by_shape: Annotated[bool, "batches of images of like shape"] = True
     epochs: Annotated[int, "passes over the training images", 1] = 300
+    steps: Annotated[int, "about so many optimizer steps, instead of --epochs", 0] = 0
     batch_size: Annotated[int, "images per optimizer step, over all processes", 1] = 16
     accumulate: Annotated[int, "micro-batches of each process in a step", 1] = 1
     lr: Annotated[float, "learning rate; class folders: 1e-3 * batch_size / 1024", 0] = 1e-4
@@ -65,7 +68,7 @@ class TrainConfig:
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
     output_dir: Annotated[str, "folder of checkpoints, logs and pictures"] = "out"
     save_minutes: Annotated[float, "minutes between checkpoints; 0: after epochs only", 0] = 10.0
-    eval_every: Annotated[int, "epochs between evaluations", 1] = 1
+    eval_every: Annotated[int, "epochs between evaluations; 0: some 30 in the run", 0] = 1
     eval_batch_size: Annotated[int, "images per batch in evaluation, each process", 1] = 4
     log_every: Annotated[int, "steps between printed lines", 1] = 50
     num_workers: Annotated[int, "loader processes of each process; -1: by the cores", -1] = -1
@@ -132,9 +135,20 @@ PRESETS = {
         image_size=64, augment=False, val_shapes=600, epochs=14, batch_size=32, lr=2e-3,
         weight_decay=0.05, clip_max_norm=1.0, schedule="cosine", warmup_steps=200, smoothing=0.0,
         mixup=0.0, cutmix=0.0, backbone_weights="none", group_by_shape=False, eval_batch_size=64),
-    "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10, warmup_epochs=0,
-                    smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, head_dropout=0.0),
+    "overfit": dict(augment=False, dropout=0.0, batch_size=8, epochs=10, steps=0, warmup_epochs=0,
+                    eval_every=1, smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0,
+                    head_dropout=0.0),
 }
+# --recipe by kind of data: defaults between those above and the flags that were given
+RECIPES = {"small": {
+    "coco": dict(
+        model="detr_tiny", num_queries=50, image_size=160, augment=True, batch_size=8, steps=3750,
+        lr=5e-4, lr_backbone=1e-3, clip_max_norm=1.0, schedule="cosine", warmup_steps=200,
+        backbone_weights="none", eval_every=0),
+    "image_folder": dict(
+        image_size=96, augment="light", mixup=0.0, cutmix=0.0, batch_size=16, steps=3000, lr=1e-3,
+        min_lr=0.0, clip_max_norm=1.0, warmup_epochs=0, warmup_steps=200, layer_scale=0.0,
+        drop_path=0.0, eval_every=0)}}
 # options of TrainConfig that mean nothing to a classifier
 DETECTOR_ONLY_OPTIONS = {"val_split", "max_size", "group_by_shape", "lr_backbone",
                          "backbone_weights", "frozen_weights"}
@@ -143,9 +157,10 @@ OVERFIT_REPEATS = 100                              # passes over the N images in
 
 # the groups of --help_all, by their first option; under "" what --help shows
 HELP_GROUPS = {
-    "": """model data train_json train_images val_json val_images val_split overfit image_size
-        epochs batch_size lr lr_backbone schedule backbone_weights finetune freeze class_weights
-        resume output_dir num_workers device mixer backbone num_queries masks""".split(),
+    "": """model data train_json train_images val_json val_images val_split recipe overfit
+        image_size augment epochs batch_size lr lr_backbone schedule backbone_weights finetune
+        freeze class_weights resume output_dir num_workers device mixer backbone num_queries
+        masks""".split(),
     "model": "network and data", "epochs": "optimizer and schedule",
     "backbone_weights": "weights to start from", "output_dir": "the run",
     "mixer": "DETR (with --model detr_...)", "set_cost_class": "loss of DETR",
@@ -157,18 +172,22 @@ def parse_options(argv, description):
     """The parser, and the flags that were given as a dict."""
     # hidden are those that the data set, a detector with a classifier as backbone, or --model sets
     configs = TrainConfig, ModelConfig, LossConfig, MetaFormerConfig, ClassLossConfig
-    return read_options(argv, description, configs, PRESETS, HELP_GROUPS,
+    presets = PRESETS | {f"small {kind}": preset for kind, preset in RECIPES["small"].items()}
+    return read_options(argv, description, configs, presets, HELP_GROUPS,
                         hidden=("num_classes", "out_stages", "demo"))
 
 
 def make_configs(given):
     """The configs of model, loss and training of a dict of options.
 
-    An option has the value given, else that of the --resume checkpoint, else that of the preset of
-    the kind of data, else that of the model in MODELS, else its default. For a classifier the first
-    two configs are MetaFormerConfig and ClassLossConfig. Raises ValueError.
+    An option has the value given, else that of the --resume checkpoint, else that of the recipe,
+    else that of the preset of the kind of data, else that of the model in MODELS, else its default.
+    For a classifier the first two configs are MetaFormerConfig and ClassLossConfig. Raises
+    ValueError.
     """
     options = with_resumed(given)
+    if "epochs" in given:
+        options["steps"] = given.get("steps", 0)                     # not the recipe's
     classifier = options.get("model") in METAFORMERS
     files = any(options.get(name) for name in ("data", "train_json", "train_images", "val_json",
                                                "val_images"))
@@ -202,13 +221,23 @@ def with_resumed(given):
         raise UserError("--finetune starts a run, --resume continues one: give one of them")
     state = read_run(given["resume"])
     config_of(given["resume"], state["train_config"], TrainConfig)
+    recipe = state["train_config"].get("recipe", "")
+    if given.get("recipe", recipe) != recipe:
+        raise UserError("--resume keeps the options of its checkpoint, which --recipe would not "
+                        "replace: give --recipe with --finetune, or without both")
     return {**state["model_config"], **state["loss_config"], **state["train_config"],
             "output_dir": os.path.dirname(given["resume"]) or ".", "finetune": "", **given}
 
 
 def with_presets(given, kind):
-    """The options given, over the presets of the kind of data and of --overfit."""
-    options = {**PRESETS[kind], **(PRESETS["overfit"] if given.get("overfit") else {}), **given}
+    """The options given, over the presets of the kind of data, of --recipe and of --overfit."""
+    recipe = RECIPES.get(given.get("recipe"), {}).get(kind, {})
+    overfit = PRESETS["overfit"] if given.get("overfit") else {}
+    options = {**PRESETS[kind], **recipe, **overfit, **given}
+    if recipe:                                                       # in the proportion of COCO's
+        options.setdefault("max_size", round(options["image_size"] * 5 / 3))
+    if options.get("augment") == "light":                            # images are not mixed, either
+        options = {"mixup": 0.0, "cutmix": 0.0, **options}
     if kind == "shapes" and options.get("scenes", "plain") != "plain":
         options["image_size"] = given.get("image_size", 96)          # sees less of them at a time
     if kind != "coco":                                               # the images are square
@@ -242,6 +271,8 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
     needs = {"lr_backbone": ("a backbone without --freeze", "backbone" not in cfg.freeze),
              "class_weights": ("no --frozen_weights", not cfg.frozen_weights),
              "val_split": ("--data or --train_json", cfg.kind == "coco"),
+             "steps": ("no --epochs", "epochs" not in given),
+             "recipe": ("--data or --train_json", not built_in),
              "lr_drop": ("--schedule step", cfg.schedule == "step"),
              "decay_share": ("--schedule trapezoid", cfg.schedule == "trapezoid"),
              "min_lr": ("--schedule cosine and a larger --lr",
@@ -260,6 +291,16 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
             if name in given and not met]
     if idle:
         raise UserError(f"no effect here: {', '.join(idle)}")
+
+
+def with_epochs(cfg, images):
+    """The config with the epochs that take some cfg.steps steps, if they are given, and with the
+    evaluations that eval_every 0 asks for; images: in the training set."""
+    epochs = cfg.epochs
+    if cfg.steps:
+        passes = OVERFIT_REPEATS if cfg.overfit else 1
+        epochs = max(1, round(cfg.steps / max(1, passes * (images // cfg.batch_size))))
+    return replace(cfg, epochs=epochs, eval_every=cfg.eval_every or max(1, round(epochs / 30)))
 
 
 def check_ranks_agree(options):

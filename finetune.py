@@ -178,11 +178,17 @@ def first_weights(model, cfg, state, classes):
         load_weights(model, state)
         return []
     if cfg.finetune:
-        return load_finetune(model, cfg.finetune, classes)
+        try:
+            return load_finetune(model, cfg.finetune, classes)
+        except UserError as error:
+            if not cfg.recipe or isinstance(error, UserFileError):
+                raise
+            raise UserError(f"{error}; or leave out --recipe {cfg.recipe}, which has a network of "
+                            f"its own") from None
     if cfg.frozen_weights:
         return load_frozen(model, cfg.frozen_weights)
     if cfg.backbone_weights == "none":
-        return []
+        return ["weights  none: learned from scratch"]
     report = load_backbone(model, cfg.backbone_weights)
     return [f"weights  of the backbone: {cfg.backbone_weights}",
             *(f"         {line}" for line in report or ["all taken"])]

@@ -3,6 +3,8 @@
     lr: Annotated[float, "learning rate", 0] = 1e-4                 # at least 0
     mixer: Annotated[str, "token mixer", MIXERS] = "attention"      # one of these
     overfit: Annotated[int, "first N images"] = 0                   # anything
+    augment: Annotated[bool, "flips", ("light",)] = True            # --augment, --no-augment, or
+                                                                    # --augment light
 
 An annotation holds the type, the help, and where there is a limit the least number or the names.
 """
@@ -41,13 +43,18 @@ def check_options(config):
     """Raises ValueError for the first field whose value is of another type or beyond its limit."""
     for name, (type_, _, limit) in annotations(config).items():
         value = getattr(config, name)
+        if type_ is bool and limit and isinstance(value, str):
+            if value not in limit:
+                raise UserError(f"--{name} {value} is unknown: give --{name}, --no-{name} or "
+                                f"--{name} {' or '.join(limit)}")
+            continue
         wanted = (int, float) if type_ is float else type_
         if not isinstance(value, wanted) or type_ is not bool and isinstance(value, bool):
             raise UserError(f"--{name} {value!r} must be of type {type_.__name__}")
         largest = {int: 2**63, float: 1e38}.get(type_, math.inf)     # of int64 and float32
         if type_ is not str and not -largest < value < largest:      # refuses NaN, too
             raise UserError(f"--{name} {value} must be a number below {largest}")
-        if limit is None:
+        if limit is None or type_ is bool:
             continue
         if type_ is str and value not in limit:
             raise UserError(f"--{name} {value} is unknown, {nearest(value, limit)}")
@@ -88,13 +95,15 @@ def read_options(argv, description, configs, presets, groups, hidden=()):
     """The parser, and the flags that were given as a dict.
 
     One flag for each field of the config classes that is not hidden; booleans as --flag and
-    --no-flag. presets: {name: {field: value}}, shown beside the defaults. A field of two configs is
-    one flag, whose help has both; if one is a boolean, the later. groups: {first field of a group:
-    its title} for --help_all; --help has the fields in groups[""] alone.
+    --no-flag, those with other values, too, also as --flag VALUE. presets: {name: {field: value}},
+    shown beside the defaults. A field of two configs is one flag, whose help has both; if one is a
+    boolean, the later. groups: {first field of a group: its title} for --help_all; --help has the
+    fields in groups[""] alone.
     """
     argv = sys.argv[1:] if argv is None else argv
     short = "--help_all" not in argv
-    end = "Defaults are those for COCO; built-in shapes, class folders and --overfit have others."
+    end = ("Defaults are those for COCO; built-in shapes, class folders, --recipe and --overfit "
+           "have others.")
     parser = FlagParser(
         usage="python train.py [--option value ...]", description=description,
         epilog=end if short else lists_of_names(configs),
@@ -104,21 +113,25 @@ def read_options(argv, description, configs, presets, groups, hidden=()):
     flags, group = {}, parser
     for config in configs:
         for field in fields(config):
-            name, type_ = field.name, annotations(config)[field.name][0]
+            name, (type_, _, limit) = field.name, annotations(config)[field.name]
             if name in groups and not short:
                 group = parser.add_argument_group(groups[name])
             text = option_help(config, field, presets, short)
             if short and name not in groups[""]:
                 text = argparse.SUPPRESS
+            # a boolean that also takes a value, here or in the config of another model
+            with_value = type_ is bool and bool(limit or name in flags)
             if name in flags:
                 flags[name].help += "" if short else f"; {config.__name__}: {text}"
-                if type_ is bool:                  # a value for one model, none for the other
-                    flags[name].nargs, flags[name].const = "?", True
-                    group.add_argument(f"--no-{name}", dest=name, action="store_false",
-                                       help=argparse.SUPPRESS, default=argparse.SUPPRESS)
             elif name not in hidden:
-                kind = dict(action=argparse.BooleanOptionalAction) if type_ is bool else dict(
-                    type=type_, metavar={int: "N", float: "X", str: "VALUE"}[type_])
+                kind = dict(type=str if with_value else type_,
+                            metavar={int: "N", float: "X"}.get(type_, "VALUE"))
+                if type_ is bool and not with_value:
+                    kind = dict(action=argparse.BooleanOptionalAction)
                 flags[name] = group.add_argument(f"--{name}", help=text,
                                                  default=argparse.SUPPRESS, **kind)
+            if with_value:
+                flags[name].nargs, flags[name].const = "?", True
+                group.add_argument(f"--no-{name}", dest=name, action="store_false",
+                                   help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     return parser, vars(parser.parse_args(argv))

@@ -116,12 +116,24 @@ def banner(run):
         f"data     {data}",
         f"         {len(train_set)} training and {len(val_set)} validation images, "
         f"{len(train_set.classes)} classes{objects}",
-        *train_set.notes, *notes, *describe_model(run),
+        *train_set.notes, *notes, describe_images(cfg), *describe_model(run),
         f"run      {run.world} process(es) on {run.device}, {str(run.dtype)[6:]}, "
         f"{run.train_loader.num_workers} loader worker(s) each",
-        f"         {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images",
+        f"         {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images: "
+        f"{steps * cfg.epochs} steps",
         f"writes   {cfg.output_dir}/: ckpt.pt, best.pt, log.txt, steps.txt, first_batch.jpg, "
         f"predictions.jpg", *advice(run, steps, most)]
+
+
+def describe_images(cfg):
+    """The banner's line on the images as the network gets them."""
+    augment = {True: "full", False: "no"}.get(cfg.augment, cfg.augment)
+    size = f"{cfg.image_size} x {cfg.image_size} pixels"
+    if cfg.kind == "coco":
+        size = (f"{cfg.image_size} pixels at the shorter side, at most {cfg.max_size} at the "
+                f"longer")
+    recipe = f", --recipe {cfg.recipe}" if cfg.recipe else ""
+    return f"         images of {size}; {augment} augmentation{recipe}"
 
 
 def describe_model(run):
@@ -136,6 +148,14 @@ def describe_model(run):
             f"         {c.backbone}{norm}{', masks' if c.masks else ''}"]
 
 
+def typical_side(dataset, cfg):
+    """Median side of the objects, sqrt(width * height), in pixels of the images in validation."""
+    boxes = dataset.columns()
+    short, long = dataset.sizes.min(1), dataset.sizes.max(1)
+    scale = np.minimum(cfg.image_size / short, cfg.max_size / long)[boxes["image"]]
+    return np.median(np.sqrt(boxes["box"][:, 2:].prod(1)) * scale)
+
+
 def advice(run, steps, most):
     """The banner's lines on what will probably disappoint."""
     cfg, lines, all_steps = run.cfg, [], steps * run.cfg.epochs
@@ -146,12 +166,19 @@ def advice(run, steps, most):
     if cfg.kind == "coco" and run.val_loader.dataset.crowd.all():
         lines.append("note     the validation images have no objects: every AP will be -1, and no "
                      "best.pt is written")
-    if cfg.kind == "coco" and not cfg.finetune and not cfg.overfit and all_steps < 100_000:
-        lines.append(f"note     {all_steps} steps; a DETR from scratch needs some 300,000: think "
-                     f"of --finetune with official weights")
-    if cfg.kind == "image_folder" and all_steps < 10_000 and cfg.lr < 5e-4 and not cfg.finetune:
+    from_scratch = not (cfg.finetune or cfg.frozen_weights or cfg.overfit or cfg.recipe)
+    if cfg.kind == "coco" and from_scratch and all_steps < 100_000:
+        lines.append(f"note     {all_steps} steps from scratch are too few for the official recipe "
+                     f"(300,000):\n         give --finetune with an official detector, or --recipe "
+                     f"small, made for 4,000")
+    if cfg.kind == "image_folder" and from_scratch and all_steps < 10_000 and cfg.lr < 5e-4:
         lines.append(f"note     {all_steps} steps; PoolFormer's --lr and --warmup_epochs are for "
-                     f"375,000: think of --lr 1e-3 --warmup_epochs 1, or --finetune")
+                     f"375,000: give --finetune or --recipe small,\n         or think of "
+                     f"--lr 1e-3 --warmup_epochs 1")
+    side = typical_side(run.train_loader.dataset, cfg) if cfg.kind == "coco" else math.inf
+    if side < 16:
+        lines.append(f"note     half of the objects are smaller than {side:.0f} x {side:.0f} "
+                     f"pixels at --image_size {cfg.image_size}: a larger one finds more of them")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         lines.append(f"restart  {os.environ['TORCHELASTIC_RESTART_COUNT']} of torchrun")
     return lines

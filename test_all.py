@@ -31,6 +31,7 @@ train.py                    learning rate               -k learning_rate
 formats.py                  other formats of data sets  -k "format or yaml or split or yolo"
 finetune.py                 other weights               -k "finetun or fit or frozen or weights_by"
 config.py                   options                     -k "option or flag"
+config.py, data.py          recipes, light augmentation -k "recipe or light or too_few"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
 report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
 diagnose.py                 errors, layers, queries     -k "errs or error_costs or confus or slots"
@@ -113,9 +114,9 @@ from check_data import check_coco, open_images
 from resnet import FrozenBatchNorm2d, ResNet, conv_norm, memory_format
 from metaformer import METAFORMERS, MetaFormerConfig, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
-                            accuracy_json, accuracy_table, center_crop, class_accuracy, class_rows,
-                            classification_loss, crop_region, mixup_or_cutmix, rand_augment,
-                            random_erase)
+                            accuracy_json, accuracy_table, augment_for_classification, center_crop,
+                            class_accuracy, class_rows, classification_loss, crop_region,
+                            mixup_or_cutmix, rand_augment, random_erase)
 from data import (CocoDataset, EvalSampler, Plan, ShapesDataset, Target, TrainSampler, apply_plan,
                   box_iou, collate, cxcywh_to_xyxy, generalized_box_iou, iou_and_giou,
                   plan_training, sort_by_shape, xyxy_to_cxcywh)
@@ -3953,6 +3954,189 @@ def test_booleans_have_a_no_flag():
     for words, value in (("--positions", True), ("--no-positions", False),
                          ("--positions input", "input")):         # a classifier's, a detector's
         assert train.parse_options(words.split(), "")[1] == dict(positions=value)
+
+
+# -- config.py, data.py: recipes, steps, light augmentation ---------------------------------------
+
+# RESULTS.md's options for BCCD before there was a recipe, with which its figures were measured
+BCCD = dict(model="detr_tiny", backbone_weights="none", num_queries=50, image_size=160,
+            max_size=267, batch_size=8, lr=5e-4, lr_backbone=1e-3, clip_max_norm=1.0,
+            schedule="cosine", warmup_steps=200, epochs=150, eval_every=5)
+
+
+def test_the_small_recipe_is_the_run_that_was_measured_on_205_images():
+    by_recipe = make_configs(dict(data="x", recipe="small", augment=True))
+    by_flags = make_configs(dict(data="x", **BCCD))
+    assert by_recipe[:2] == by_flags[:2]
+    cfg = config_py.with_epochs(by_recipe[2], 205)
+    assert replace(cfg, recipe="", steps=0) == by_flags[2]
+
+
+@pytest.mark.parametrize("given, expected", [
+    (dict(BCCD, model="detr_r18"), dict(BCCD, model="detr_r18", steps=0)),      # the flags win
+    (dict(image_size=320), dict(image_size=320, max_size=533, steps=3750)),
+    (dict(image_size=320, max_size=400), dict(image_size=320, max_size=400)),
+    (dict(epochs=7), dict(epochs=7, steps=0)),
+    (dict(overfit=8), dict(model="detr_tiny", batch_size=8, epochs=10, steps=0, augment=False)),
+    (dict(model="metaformer_tiny"), dict(augment="light", mixup=0, cutmix=0, max_size=96)),
+    (dict(model="metaformer_tiny", augment=False), dict(augment=False, mixup=0, cutmix=0)),
+    (dict(model="metaformer_tiny", cutmix=0.5), dict(augment="light", mixup=0, cutmix=0.5))])
+def test_a_recipe_lies_between_the_presets_and_the_flags(given, expected):
+    options = {}
+    for config in make_configs(dict(data="x", recipe="small", **given)):
+        options |= asdict(config)
+    assert {name: options[name] for name in expected} == expected and options["recipe"] == "small"
+
+
+@pytest.mark.parametrize("images, epochs, every", [
+    (8, 3750, 125), (50, 625, 21), (205, 150, 5), (1000, 30, 1), (2000, 15, 1), (10**6, 1, 1)])
+def test_a_recipe_takes_the_same_steps_for_any_number_of_images(images, epochs, every):
+    cfg = make_configs(dict(data="x", recipe="small"))[2]
+    cfg = config_py.with_epochs(cfg, images)
+    assert (cfg.epochs, cfg.eval_every) == (epochs, every)
+    assert config_py.with_epochs(cfg, images) == cfg               # as a resumed run does
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--recipe small", "no effect here: --recipe (needs --data or --train_json)"),
+    ("--recipe large", "--recipe large is unknown, use one of: small"),
+    ("--data x --steps 5 --epochs 2", "no effect here: --steps (needs no --epochs)"),
+    ("--augment ligt", "give --augment, --no-augment or --augment light")])
+def test_a_recipe_or_augmentation_without_sense_is_one_line(words, message, capsys):
+    assert run(*words.split()) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+SMALL_RECIPE = """--recipe small --image_size 32 --hidden_dim 16 --nheads 2 --dim_feedforward 8
+    --num_queries 4 --enc_layers 1 --dec_layers 1 --batch_size 4 --num_workers 0 --device cpu
+    """.split()
+
+
+def test_a_run_by_recipe_is_continued_and_tells_what_it_does(tmp_path, capsys):
+    files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
+    assert run(*SMALL_RECIPE, *files, "--steps", 5, "--augment", "light") == 0
+    shown = capsys.readouterr().out
+    assert "2 epochs of 2 steps of 4 images: 4 steps" in shown and "are too few" not in shown
+    assert ("images of 32 pixels at the shorter side, at most 53 at the longer; light "
+            "augmentation, --recipe small") in shown and "weights  none" in shown
+    first = checkpoint("out/ckpt.pt")["train_config"]
+    assert (first["recipe"], first["steps"], first["epochs"], first["eval_every"],
+            first["augment"]) == ("small", 5, 2, 1, "light")
+
+    # the same command finds the run finished; --resume goes on; another recipe would change nothing
+    assert run(*SMALL_RECIPE, *files, "--steps", 5, "--augment", "light") == 0
+    assert "finished 2 epochs before" in capsys.readouterr().out
+    assert run("--resume", "out/ckpt.pt", "--epochs", 3) == 0
+    second = checkpoint("out/ckpt.pt")["train_config"]
+    assert second == {**first, "epochs": 3, "steps": 0, "resume": "out/ckpt.pt"}
+    assert run("--resume", "out/ckpt.pt", "--steps", 8) == 0
+    assert checkpoint("out/ckpt.pt")["epoch"] == 4
+
+    # a checkpoint of before has none of this
+    state = checkpoint("out/ckpt.pt")
+    state["train_config"] |= dict(augment=True)
+    for name in ("recipe", "steps"):
+        del state["train_config"][name]
+    os.mkdir("old")
+    torch.save(state, "old/ckpt.pt")
+    capsys.readouterr()
+    assert run("--resume", "old/ckpt.pt", "--recipe", "small") == 2
+    assert "--resume keeps the options of its checkpoint" in capsys.readouterr().err
+    assert run("--resume", "old/ckpt.pt", "--epochs", 5) == 0
+    assert checkpoint("old/ckpt.pt")["train_config"]["augment"] is True
+
+
+def test_weights_of_another_network_do_not_go_with_the_recipe(tmp_path):
+    files = coco_files(tmp_path, "train", 9) + coco_files(tmp_path, "val", 2)
+    torch.save(build_model(ModelConfig(backbone="resnet_tiny", **SMALL)).state_dict(), "other.pth")
+    message = run("--recipe", "small", *files, "--num_workers", 0, "--finetune", "other.pth")
+    assert "--hidden_dim 32" in message and message.endswith(
+        "; or leave out --recipe small, which has a network of its own")
+    message = run("--recipe", "small", *files, "--num_workers", 0, "--finetune", "gone.pth")
+    assert message == "error: checkpoint gone.pth not found"
+
+
+def advice_of(tmp_path, **given):
+    """What the banner advises of a run on two of coco_files' images, whose boxes are 20 x 16."""
+    if not (tmp_path / "val.json").exists():
+        coco_files(tmp_path, "val", 3)
+    dataset = CocoDataset(tmp_path / "val.json", tmp_path / "val_pictures")
+    cfg = make_configs(dict(data="x", **given))[2]
+    loader = SimpleNamespace(dataset=dataset)
+    job = SimpleNamespace(cfg=cfg, model_cfg=None, train_loader=loader, val_loader=loader)
+    return "\n".join(report.advice(job, 100, 3))
+
+
+def test_the_banner_says_what_too_few_steps_and_too_few_pixels_need(tmp_path):
+    told = advice_of(tmp_path)
+    assert "30000 steps" in told and "--finetune" in told and "--recipe small" in told
+    for given in (dict(recipe="small"), dict(finetune="a.pth"), dict(epochs=1000)):
+        assert "steps" not in advice_of(tmp_path, **given)
+
+    # median of sqrt(w h) of 19 x 16, 19 x 17, 19 x 18, 18 x 16, 18 x 17, 18 x 18 is 17.7
+    note = "half of the objects are smaller than 13 x 13 pixels at --image_size 24"
+    assert note in advice_of(tmp_path, image_size=24)                # 24 of 32: 13.3
+    assert "14 x 14 pixels" in advice_of(tmp_path, image_size=32, max_size=32)      # 32 of 40: 14.2
+    assert "half" not in advice_of(tmp_path, image_size=32)
+
+
+def test_light_augmentation_flips_and_crops_little():
+    plans = [data.plan_light(480, 640, 800, 1333, random.Random(i)) for i in range(400)]
+    assert 150 < sum(p.flip for p in plans) < 250 and not any(p.resize_before_crop for p in plans)
+    assert {p.size for p in plans} == {(640, 853), (720, 960), (800, 1066)}          # by hand
+    for top, left, h, w in (p.crop for p in plans):
+        assert 384 <= h <= 480 and abs(w - h * 4 / 3) < 1.5
+        assert 0 <= top <= 480 - h and 0 <= left <= 640 - w
+    assert min(p.crop[2] for p in plans) < 390 and max(p.crop[2] for p in plans) > 475
+    assert len({p.crop[1] for p in plans}) > 50
+    for h, w in ((1, 1), (3, 3000), (5000, 2), (2, 2)):            # no side becomes 0
+        for i in range(50):
+            plan = data.plan_light(h, w, 32, 53, random.Random(i))
+            assert min(*plan.crop[2:], *plan.size) >= 1 and max(plan.size) <= 54
+
+
+@pytest.mark.parametrize("augment, plan_of", [
+    ("light", data.plan_light), (True, plan_training),
+    (False, lambda *size_and_rng: data.plan_validation(*size_and_rng[:4]))])
+def test_a_data_set_draws_the_plans_of_its_augmentation(augment, plan_of):
+    dataset = ShapesDataset("train", 6, augment=augment, seed=3)
+    for epoch, i in itertools.product((0, 1), range(6)):
+        drawn = plan_of(64, 64, 64, None, random.Random(f"3 {epoch} {i}"))
+        assert dataset.plan(epoch, i) == drawn
+        image, target = dataset[epoch, i]
+        corners = cxcywh_to_xyxy(target["boxes"])
+        assert image.shape[1:] == dataset.size_of(epoch, i)
+        assert (corners > -1e-4).all() and (corners < 1.0001).all()
+
+
+def test_light_augmentation_mixes_no_images_unless_asked():
+    folders = dict(model="poolformer_s12", data="x")
+    for given, mixed in ((dict(augment="light"), (0, 0)), (dict(augment=True), (0.8, 1)),
+                         (dict(augment="light", mixup=0.2), (0.2, 0)), (dict(), (0.8, 1))):
+        loss_cfg = make_configs({**folders, **given})[1]
+        assert (loss_cfg.mixup, loss_cfg.cutmix) == mixed
+
+
+def test_only_the_training_set_of_a_run_is_augmented():
+    models = "detr_tiny", "metaformer_tiny"
+    for model, augment in itertools.product(models, ("light", True, False)):
+        cfg = make_configs(dict(model=model, augment=augment, train_shapes=6, val_shapes=6))[2]
+        assert data.build_dataset(cfg, "train").augment == augment
+        assert data.build_dataset(cfg, "val").augment is False
+
+
+def test_a_classifiers_light_augmentation_crops_little_and_changes_no_colour():
+    ramp = np.uint8(np.broadcast_to(np.arange(256), (256, 256)))    # red tells x, green tells y
+    image, flips, areas = Image.fromarray(np.dstack([ramp, ramp.T, 0 * ramp + 77])), 0, []
+    for i in range(200):
+        pixels = augment_for_classification(image, 64, random.Random(i), light=True).astype(int)
+        red, green = pixels[32, :, 0], pixels[:, 32, 1]
+        assert pixels.shape == (64, 64, 3) and (pixels[..., 2] == 77).all()
+        flips += int(red[-1] < red[0])
+        w, h = (abs(c[-1] - c[0]) * 64 / 63 / 256 for c in (red, green))
+        assert 0.7 < w / h < 1.4 and green[-1] > green[0]
+        areas.append(w * h)
+    assert 70 < flips < 130 and 0.56 < min(areas) < 0.65 and 0.9 < max(areas) < 1.03
 
 
 # -- evaluate.py and predict.py: files -----------------------------------------------------------

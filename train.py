@@ -35,7 +35,7 @@ from resnet import memory_format
 from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
-                    parse_options)
+                    parse_options, with_epochs)
 from evaluate import autocast, check_device, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
@@ -379,6 +379,7 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
     """The Run of these options, continued where there is a checkpoint; prints what was decided."""
     interrupt = catch_signals()
     train_set, val_set = build_datasets(cfg, model_cfg)
+    cfg = with_epochs(cfg, len(train_set))
     model_cfg = replace(model_cfg, num_classes=len(train_set.classes))
     check_ranks_agree({**asdict(model_cfg), **asdict(loss_cfg), **asdict(cfg),
                        "classes": train_set.classes, "images": (len(train_set), len(val_set))})
