@@ -358,24 +358,6 @@ def duplicates(dt, images, score=0.5, iou=0.7):
     return len(overlapping_pairs(take(dt, dt["score"] > score), iou)[1]) / images
 
 
-def evaluate_layers(rows, dataset, num_layers):
-    """The dict of evaluate after every decoder layer, the first layer first.
-
-    rows (images * L * Q, 7): those of evaluate.layer_rows, sorted by image.
-    """
-    results, K = [], len(dataset.classes)
-    rows = rows.reshape(len(dataset), num_layers, -1, 7)
-    for layer in range(num_layers):
-        own = rows[:, layer].reshape(-1, 7)
-        r = np.asarray(own)
-        dt = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
-              "score": r[:, 2], "box": r[:, 3:]}
-        result = evaluate_columns(dataset.columns(), dt, K)
-        results.append({**result, "rows": own, "classes": dataset.classes,
-                        "category_ids": dataset.category_ids})
-    return results
-
-
 def ap_by_layer(results, images):
     """A dict for each result of evaluate_layers: "layer" (from 1), "AP" and "AP50", "AP_nms" and
     "AP50_nms" after suppress, and "duplicates" per image. Source: arXiv:2005.12872, Fig. 4."""

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -26,15 +25,10 @@ import coco_eval as coco_eval_py
 import diagnose
 from coco_eval import (FlagParser, UserError, ap_table, check_output, coco_eval, evaluate_columns,
                        result_json, run_command, summary, writing)
-from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
+from metaformer import MetaFormer
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
-from data import EvalSampler, build_dataset, collate, cxcywh_to_xyxy, to_device
-from checkpoint import (check_located, config_of, load_weights, located_data, official_classes,
-                        official_fields, read_checkpoint, read_run)
-from options import nearest
-from formats import evaluated_share
-from model import ModelConfig, build_model
-from config import TrainConfig, check_grid, check_size
+from data import EvalSampler, collate, cxcywh_to_xyxy, to_device
+from load import check_device, evaluation_set, load_model
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -140,27 +134,37 @@ def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
     return rows[rows[:, 0].argsort(stable=True)], total
 
 
+def evaluate_rows(rows, dataset):
+    """The dict of evaluate_columns for detections (D, 7) of all images, sorted by image, and in it
+    "rows", the detections, "classes" and "category_ids"."""
+    r = rows.numpy()
+    found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
+             "score": r[:, 2], "box": r[:, 3:]}
+    result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
+    return {**result, "rows": rows, "classes": dataset.classes,
+            "category_ids": dataset.category_ids}
+
+
 def evaluate(model, loader, device, dtype=torch.float32, losses_of=None, rows_of=detection_rows):
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns evaluate_columns'
-    dict, and in it "rows", the detections (D, 7) of detection_rows, "losses", "classes" and
-    "category_ids". For a classifier: evaluate_classifier; with masks also what evaluate_masks adds.
+    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns evaluate_rows' dict
+    of detection_rows, and in it "losses". For a classifier: evaluate_classifier; with masks also what evaluate_masks adds.
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype, losses_of)
     if loader.dataset.masks and rows_of is detection_rows:
         from segmentation import evaluate_masks    # here, as that file imports this one
         return evaluate_masks(model, loader, device, dtype, losses_of)
-    dataset = loader.dataset
     rows, losses = collect_rows(model, loader, device, dtype, rows_of, losses_of)
-    r = rows.numpy()
-    found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
-             "score": r[:, 2], "box": r[:, 3:]}
-    result = evaluate_columns(dataset.columns(), found, len(dataset.classes))
-    return {**result, "rows": rows, "losses": losses, "classes": dataset.classes,
-            "category_ids": dataset.category_ids}
+    return {**evaluate_rows(rows, loader.dataset), "losses": losses}
+
+
+def evaluate_layers(rows, dataset, num_layers):
+    """The dicts of evaluate_rows after every decoder layer, of the layer_rows of all images."""
+    rows = rows.reshape(len(dataset), num_layers, -1, 7)                        # (images, L, Q, 7)
+    return [evaluate_rows(layer.reshape(-1, 7), dataset) for layer in rows.unbind(1)]
 
 
 def evaluate_classifier(model, loader, device, dtype=torch.float32, losses_of=None):
@@ -180,85 +184,6 @@ def coco_results(rows, dataset, masks=None):
 
 
 # -- python evaluate.py --------------------------------------------------------------------------
-
-def load_model(path, name="", dilation=False):
-    """A checkpoint's model, and a dict of what belongs to it: "classes" (names by output; "" for
-    one that was never used; None for an official classifier), "category_ids", "train" (options it
-    was trained with, {} for official files), "things" (bool by class, of panoptic data).
-
-    Official files do not store their configuration. A classifier's name in MODELS must be given; a
-    DETR's layout is read off the tensors, DC5 off the name of the file or `dilation`. Raises
-    UserError, UserFileError.
-    """
-    state = read_checkpoint(path)
-    if isinstance(state, dict) and "model_config" in state:          # a run of train.py
-        if name:
-            raise UserError(f"--model {name} is for official files, {path} says what it holds")
-        state = read_run(path, state)
-        kind = MetaFormerConfig if "depths" in state["model_config"] else ModelConfig
-        model_cfg = config_of(path, state["model_config"], kind)
-        state["train_config"] = asdict(config_of(path, state["train_config"], TrainConfig))
-        check_size(model_cfg)
-        model = build_model(model_cfg)
-        info = {"classes": state["classes"], "category_ids": state["category_ids"],
-                "train": located_data(state), "things": state.get("things")}
-    elif name:                                                       # an official classifier
-        if name not in METAFORMERS:
-            raise UserError(f"--model {name} is no classifier such as poolformer_s12; "
-                            f"{nearest(name, METAFORMERS)}")
-        model, info = build_model(name), {"classes": None, "train": {}}
-    else:                                                            # an official DETR
-        model = build_model(ModelConfig(**official_fields(path, state, dilation)))
-        K = model.cfg.num_classes
-        info = {"classes": official_classes(K), "category_ids": list(range(K)), "train": {}}
-    load_weights(model, state)
-    return model.to(memory_format=torch.channels_last), info
-
-
-def check_device(device):
-    """The device's name, if it can be used; UserError otherwise."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device {device} cannot be used: {reason}") from None
-    return device
-
-
-def evaluation_set(args, model, info):
-    """The data set to evaluate on: the command line's, else the checkpoint's."""
-    classifier, options = isinstance(model, MetaFormer), dict(info["train"])
-    if classifier and (args.val_json or args.val_images or args.max_size):
-        raise UserError("--val_json, --val_images and --max_size are for detectors, the "
-                        "checkpoint holds a classifier: give --data DIR, --image_size")
-    if bool(args.val_json) != bool(args.val_images):
-        raise UserError("--val_json and --val_images belong together, give both")
-    if not options and not args.data and not args.val_json:
-        raise UserError("an official file does not say what to evaluate it on: give --data DIR, "
-                        "or for a detector --val_json and --val_images")
-
-    # flags over the checkpoint's options, as the options of a run that is evaluated only
-    if not options:
-        options = dict(model=args.model or "detr_r50", image_size=224 if classifier else 800)
-    if args.data or args.val_json:                                   # (a run names both splits)
-        options.update(data=args.data, train_json=args.val_json, train_images=args.val_images,
-                       val_json=args.val_json, val_images=args.val_images, overfit=0,
-                       val_split=evaluated_share(args.data, info["train"]))
-    else:
-        check_located(options, args.checkpoint)
-    options["image_size"] = args.image_size or options["image_size"]
-    options["max_size"] = args.max_size or options.get("max_size", 1333)
-    cfg = TrainConfig(**dict(options, max_size=max(options["max_size"], options["image_size"])))
-    if not classifier:
-        check_grid(model.cfg, cfg)
-    dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0),
-                            getattr(model.cfg, "masks", False) and not args.boxes)
-    if len(dataset.classes) != model.cfg.num_classes:
-        raise UserError(f"{args.data} has {len(dataset.classes)} class folders, the model "
-                        f"{model.cfg.num_classes} classes: all must be there, in the order of its "
-                        f"outputs when sorted by name")
-    return dataset
-
 
 def parse_args(argv):
     """The command line as a Namespace."""
@@ -312,7 +237,7 @@ def main(argv=None):
     try:
         if args.layers:                              # of all layers in one pass, masks in another
             rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
-            layers = diagnose.evaluate_layers(rows, dataset, c.dec_layers)
+            layers = evaluate_layers(rows, dataset, c.dec_layers)
         again = not layers or dataset.masks
         result = evaluate(model, loader, args.device) if again else layers[-1]
     except UserError as error:
@@ -323,7 +248,7 @@ def main(argv=None):
             json.dump(coco_results(result["rows"], dataset, result.get("masks")), file)
     table = accuracy_table(result) if classifier else f"{summary(result)}\n\n{ap_table(result)}"
     print(table, *text, sep="\n\n")
-    if "segm" in result:
+    if "segm" in result:                           # the numbers above are those of the boxes
         from segmentation import print_masks
         more |= print_masks(result)
     if args.json:

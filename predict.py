@@ -22,7 +22,8 @@ from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from classification import center_crop
 from data import plan_validation
-from evaluate import check_device, check_finite, load_model, postprocess
+from load import check_device, load_model
+from evaluate import check_finite, postprocess
 from segmentation import PanopticWriter, mask_code, masks_over
 from attention import attention_sheet, cam_sheet
 

@@ -27,8 +27,9 @@ from model import ModelConfig, build_mixer, build_model
 from matcher import match
 from losses import LossConfig, set_loss
 from config import TrainConfig, make_configs, parse_options
-from diagnose import ap_by_layer, evaluate_layers, query_slots
-from evaluate import collect_rows, evaluate, layer_rows, load_model
+from diagnose import ap_by_layer, query_slots
+from load import load_model
+from evaluate import collect_rows, evaluate, evaluate_layers, layer_rows
 
 
 # -- the fluctuation: statistics -----------------------------------------------------------------

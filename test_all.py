@@ -4523,7 +4523,7 @@ def test_ap_and_duplicates_after_every_decoder_layer_by_hand():
             [0, 0, 0.9, *AT], [0, 1, 0.1, *AT],                 # layer 2
             [1, 0, 0.7, *AT], [1, 0, 0.6, *AT],
             [1, 0, 0.7, *AT], [1, 1, 0.6, *AWAY]]
-    layers = diagnose.evaluate_layers(torch.tensor(rows, dtype=torch.float64), Pictures(), 2)
+    layers = evaluate.evaluate_layers(torch.tensor(rows, dtype=torch.float64), Pictures(), 2)
     first, last = diagnose.ap_by_layer(layers, 2)
     half = (51 + 50 * 2 / 3) / 101 / 2                           # cats: right, twice, right; no dog
     assert first == pytest.approx(dict(layer=1, AP=half, AP50=half, AP_nms=0.5, AP50_nms=0.5,
@@ -4556,7 +4556,7 @@ def test_rows_of_all_layers_are_those_that_each_layer_alone_would_give():
     dataset = SimpleNamespace(image_ids=[1, 2])
     rows = evaluate.layer_rows((logits, boxes), targets, dataset)
     rows = rows[rows[:, 0].argsort(stable=True)]
-    for layer, result in enumerate(diagnose.evaluate_layers(rows, Pictures(), 3)):
+    for layer, result in enumerate(evaluate.evaluate_layers(rows, Pictures(), 3)):
         one = evaluate.detection_rows((logits[:layer + 1], boxes[:layer + 1]), targets, dataset)
         assert torch.equal(result["rows"], one[[4, 5, 6, 7, 0, 1, 2, 3]])
 

@@ -36,7 +36,8 @@ from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
 from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
                     parse_options, with_epochs)
-from evaluate import autocast, check_device, evaluate, evaluate_classifier, sum_over_processes
+from load import check_device
+from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
 from report import (Interval, append_json, banner, catch_signals, classification_report,
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, ignore_signals, say, say_best,
