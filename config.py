@@ -256,6 +256,8 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),
              "scenes": ("the built-in data", built_in),
+             "patch_size": ("--family isotropic",
+                            classifier and model_cfg.family == "isotropic"),
              **{name: ("--masks", getattr(model_cfg, "masks", False))
                 for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()

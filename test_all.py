@@ -1608,7 +1608,11 @@ def official_tensors(model):
                 network.append(("pos_embed", ".pos_embed"))          # shifts all that follows
             network.append((f"stages.{k}.", "."))
         pairs = [(ours, f"network.{i}{theirs}") for i, (ours, theirs) in enumerate(network)]
-    if cfg.family != "baselines":
+    if cfg.mixers == "mlp":                                          # timm's MLP-Mixer
+        pairs = [("downsample_layers.0.conv.", "stem.proj."), (".mlp.", ".mlp_channels.")]
+        pairs += [(f"token_mixer.{leaf}{k}", f"mlp_tokens.fc{k}.{name}") for k in (1, 2)
+                  for leaf, name in (("w", "weight"), ("b", "bias"))]
+    elif cfg.family != "baselines":
         pairs.append(("downsample_layers.0.conv.", "patch_embed.proj."))
     if cfg.family == "isotropic":
         pairs += [("stages.0.", "blocks."), ("token_mixer", "attn")]
@@ -1622,6 +1626,12 @@ def official_tensors(model):
             name = name.replace(ours, theirs)
         if key.endswith("token_mixer.weight"):
             shape = 2 * (shape[0] * shape[1],)
+        elif key.endswith("token_mixer.w1"):                         # (hidden, H, W)
+            shape = shape[0], shape[1] * shape[2]
+        elif key.endswith("token_mixer.w2"):
+            shape = shape[1] * shape[2], shape[0]
+        elif key.endswith("token_mixer.b2"):
+            shape = (shape[0] * shape[1],)
         elif cfg.family == "poolformer" and ".mlp.fc" in key and v.dim() == 2:
             shape += (1, 1)
         elif cfg.family == "poolformer" and key == "pos_embed":
@@ -1639,7 +1649,8 @@ def official_tensors(model):
     ("poolformer_s12_nonorm", 82, "5a007252f3da"), ("identityformer_s24", 192, "dbad750f44a3"),
     ("randformer_s12", 112, "936beeaa6917"), ("poolformerv2_m36", 280, "0b7ca3ec46bb"),
     ("convformer_s18", 242, "81017358adfe"), ("caformer_s36", 395, "c54a9408df8b"),
-    ("vit_ti", 152, "e1821155d0eb"), ("vit_b", 152, "6e116342a243")])
+    ("vit_ti", 152, "e1821155d0eb"), ("vit_b", 152, "6e116342a243"),
+    ("mixer_s32", 102, "456088b45f5e"), ("mixer_b16", 150, "432da4cf5d60")])
 def test_metaformers_read_tensors_of_the_official_names_and_shapes(name, entries, sha256):
     with torch.device("meta"):
         model = build_model(name)
@@ -1690,7 +1701,15 @@ def wavy_image(tag, h, w):
     ("identityformer_s12", 224, 224, [-0.917191, -1.247397, 0.017095, 1.941384, -1.34377, 1.224354,
                                       -0.164712, 0.18782]),
     ("convformer_s18", 224, 224, [-1.356935, -0.833447, -0.32864, 0.155616, 0.864819, 1.303084,
-                                  -2.309259, -0.571516])])
+                                  -2.309259, -0.571516]),
+    # of timm 1.0.31: deit_tiny_patch16_224, vit_small_patch32_224 and mixer_s32_224, the last two
+    # with pixel means of 0.5
+    ("vit_ti", 224, 224, [-0.216885, 0.888867, 0.465954, 0.009105, 0.323692, -0.021013, -0.160617,
+                          -0.469488]),
+    ("vit_s32", 224, 224, [1.811739, -0.467935, -0.761132, -0.309904, 0.617345, -0.87156, -0.635296,
+                           -0.361509]),
+    ("mixer_s32", 224, 224, [0.432672, 0.115348, -0.067186, 0.696649, 0.715103, 0.101811, 0.224383,
+                             0.004206])])
 def test_metaformers_compute_what_the_official_ones_do(name, h, w, official):
     model = named_metaformer(name)
     tag = "metaformer" if model.cfg.family == "baselines" else "poolformer"
@@ -1737,7 +1756,7 @@ def test_norms_of_the_families_differ_in_eps_and_bias(family, eps):
 @pytest.mark.parametrize("name", [
     "poolformer_s12", "poolformer_s12_layernorm", "poolformer_s12_ppaa", "poolformer_s12_ppff",
     "poolformer_s12_conv", "poolformerv2_s12", "randformer_s12", "convformer_s18", "caformer_s18",
-    "vit_ti", "mixer_s16"])
+    "vit_ti", "mixer_s16", "vit_tiny64", "mixer_tiny64"])
 def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     torch.manual_seed(0)
     model = build_model(name, image_size=128, layer_scale=0.5 if "s12" in name else 0.0,
@@ -1761,7 +1780,10 @@ def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     ("poolformer_s12_ppaa", 16_535_592, 2_549_151_744),
     ("poolformer_s12_ppff", 12_150_474, 1_888_484_352),
     ("randformer_s12", 11_891_712, 1_888_484_352), ("caformer_b36", 98_753_614, 23_160_476_160),
-    ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936)])
+    ("vit_s", 22_050_664, 4_598_882_304), ("vit_l16", 304_326_632, 61_554_712_576),
+    ("mixer_s32", 19_104_624, 1_002_426_368), ("mixer_s16", 18_528_264, 3_776_958_464),
+    ("mixer_b32", 60_293_428, 3_237_722_112), ("mixer_b16", 59_880_472, 12_601_767_936),
+    ("mixer_l32", 206_939_264, 11_253_293_056), ("mixer_l16", 208_196_168, 44_547_678_208)])
 def test_sizes_are_the_official_ones(name, params, macs):
     assert [ways[""] for ways in bench.count_sizes(name)] == [params, macs]
 
@@ -1769,8 +1791,10 @@ def test_sizes_are_the_official_ones(name, params, macs):
 def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, capsys):
     few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
            "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
-           "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16"]
-    assert bench.PUBLISHED.keys() == METAFORMERS.keys() - {"metaformer_tiny"}
+           "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16",
+           "mixer_l16"]
+    assert bench.PUBLISHED.keys() == METAFORMERS.keys() - {"metaformer_tiny", "vit_tiny64",
+                                                           "mixer_tiny64"}
     monkeypatch.setattr(bench, "PUBLISHED", {name: bench.PUBLISHED[name] for name in few})
     bench.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
@@ -1778,7 +1802,8 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     notes = {row[0]: words & set(row) for row in rows}
     assert list(notes) == few and {name: note for name, note in notes.items() if note} == {
         "poolformer_s36": {"no LayerScale"}, "poolformer_m48": {"no LayerScale", "with norms"},
-        "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"}}
+        "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"},
+        "mixer_l16": {"DIFFERS"}}
 
 
 @pytest.mark.parametrize("options, words", [
@@ -1790,7 +1815,9 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     (dict(mixers="attention", head_size=48), "--head_size 48"),
     (dict(positions=True), "--positions"), (dict(drop_path=1.0), "--drop_path 1.0"),
     (dict(out_stages="0,5"), "--out_stages 0,5"), (dict(num_classes=0), "--num_classes 0"),
-    (dict(layer_scale=-1.0), "--layer_scale -1")])
+    (dict(layer_scale=-1.0), "--layer_scale -1"), (dict(pixel_norm="none"), "imagenet, half"),
+    (dict(patch_size=0), "--patch_size 0"),
+    (dict(family="isotropic", depths="1", widths="8", patch_size=256), "--patch_size 256 is more")])
 def test_impossible_metaformers_are_errors_that_name_the_option(options, words):
     refused(words, build_model, "poolformer_s12", **options)
 
@@ -3828,7 +3855,12 @@ def test_class_weights_by_hand():
     ("--schedule step --decay_share 0.2", ["no effect here: --decay_share (needs"]),
     ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
     ("--scenes twin", ["--scenes twin is unknown, did you mean twins?"]),
-    ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
+    ("--model metaformer_tiny --scenes dots",
+     ["--scenes dots is not for metaformer_tiny, use one of: plain, twins, count"]),
+    ("--scenes count", ["--scenes count is not for", "plain, twins, dots"]),
+    ("--model vit_ti --data x --scenes twins", ["no effect here: --scenes (needs"]),
+    ("--model metaformer_tiny --patch_size 8", ["no effect here: --patch_size (needs"]),
+    ("--model vit_tiny64 --image_size 7", ["--patch_size 8 is more than --image_size 7"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input, none"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
     ("--schedule cosine --lr 1e-3 --min_lr 1", ["no effect here: --min_lr (needs"]),
