@@ -127,6 +127,12 @@ def official_fields(path, state, dilation):
         num_classes=len(weights["class_embed.bias"]) - 1, masks="mask_head.lay1.weight" in weights)
 
 
+def as_grid(v):
+    """(..., N) as (..., side, side), or unchanged where N is no square."""
+    side = math.isqrt(v.shape[-1])
+    return v.unflatten(-1, (side, side)) if side * side == v.shape[-1] else v
+
+
 def rename_official_keys(state):
     """Renames, and reshapes where needed, the tensors of an official MetaFormer file to our names;
     our own state dicts pass unchanged.
@@ -163,11 +169,11 @@ def rename_official_keys(state):
             side = math.isqrt(len(v))
             v = v.view(side, side, side, side)
         elif key.endswith("token_mixer.w1") and v.dim() == 2:       # (tokens_mlp_dim, N)
-            v = v.unflatten(1, 2 * (math.isqrt(v.shape[1]),))
+            v = as_grid(v)
         elif key.endswith("token_mixer.w2") and v.dim() == 2:       # (N, tokens_mlp_dim)
-            v = v.t().unflatten(1, 2 * (math.isqrt(len(v)),))
+            v = as_grid(v.t())
         elif key.endswith("token_mixer.b2") and v.dim() == 1:       # (N,)
-            v = v.unflatten(0, 2 * (math.isqrt(len(v)),))
+            v = as_grid(v)
         renamed[key] = v
     return renamed
 

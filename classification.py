@@ -322,11 +322,14 @@ class ShapesClassification(ClassificationDataset):
         self.classes, self.image_ids = list(names), np.arange(n)
         self.labels = self.image_ids % len(names)
 
-    def read(self, i):
+    def _scene(self, i):
+        """Random state, the two ground colours, and the objects."""
         kind = "one shape" if self.scenes == "plain" else self.scenes
         rng = random.Random(f"{kind} {self.split} {self.image_ids[i]} {self.image_size}")
-        return draw_scene(rng, *self.make_scene(rng, self.image_size, int(self.labels[i])),
-                          self.image_size)
+        return rng, *self.make_scene(rng, self.image_size, int(self.labels[i]))
+
+    def read(self, i):
+        return draw_scene(*self._scene(i), self.image_size)
 
 
 # -- loss ----------------------------------------------------------------------------------------

@@ -357,8 +357,7 @@ class ShapesDataset(DetectionDataset):
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        rng, ground, objects = self._scene(self.files[i])            # not i: see keep_only
-        return draw_scene(rng, ground, objects, self.side)
+        return draw_scene(*self._scene(self.files[i]), self.side)    # not i: see keep_only
 
 
 # -- batches -------------------------------------------------------------------------------------

@@ -1118,6 +1118,50 @@ def test_single_shapes_fill_as_much_of_their_box_as_their_class_says():
     assert all(torch.equal(a[i][0], b[i][0]) for i in reversed(range(30)))
 
 
+def rule_accuracy(values, labels):
+    """Accuracy on the second half of the images of the best rule on a number, by its tenths, that
+    the first half shows."""
+    half, places = len(values) // 2, np.digitize(values, np.quantile(values, np.arange(1, 10) / 10))
+    best = [np.bincount(labels[:half][places[:half] == k], minlength=2).argmax() for k in range(10)]
+    return np.mean(np.array(best)[places[half:]] == labels[half:])
+
+
+@pytest.mark.parametrize("scenes, K", [("twins", 2), ("count", 5)])
+def test_scenes_of_classifiers_are_told_by_what_lies_in_them_and_not_by_less(scenes, K):
+    a, b, val = (ShapesClassification(split, 1500, scenes=scenes)
+                 for split in ("train", "train", "val"))
+    assert np.bincount(a.labels).tolist() == K * [1500 // K] and len(a.classes) == K
+    pixels = [np.array(x.read(i)) for x in (a, val) for i in range(40)]
+    assert len({p.tobytes() for p in pixels}) == 80
+    assert all((np.array(b.read(i)) == pixels[i]).all() for i in reversed(range(40)))
+
+    rows = []
+    for i in range(1500):
+        _, _, objects = a._scene(i)
+        kinds = [(shape, color) for _, _, [(shape, _, color)] in objects]
+        boxes = np.array([box for _, box, _ in objects])
+        shapes, colors = zip(*kinds)
+        equal = [kinds.count(kind) for kind in kinds]
+        rule = len(kinds) - 2 if scenes == "count" else max(equal) - 1
+        assert rule == a.labels[i] and (scenes == "count" or equal.count(2) in (0, 2))
+        if i < 40:                                                   # as many blobs as objects
+            blobs = [ndimage.label((pixels[i] == color).all(2), np.ones((3, 3)))[1]
+                     for color in sorted(set(colors))]
+            assert blobs == [colors.count(color) for color in sorted(set(colors))]
+        image = np.array(a.read(i)).mean((0, 1))
+        rows.append([*image, boxes[:, 2:].prod(1).sum(), len(set(shapes)), len(set(colors)),
+                     shapes[0], boxes[0, 0]])
+        if scenes == "twins":
+            rows[-1] += [len(kinds), shapes.count(0), boxes[:, 2:].max(), boxes[:, 2:].min(),
+                         *boxes[:, :2].std(0)]
+
+    # colours, area, shapes and places; of twins also the number of objects, sizes and distances
+    limit = 1 / K + 4 * (1 / K * (1 - 1 / K) / 750) ** 0.5
+    accuracies = [rule_accuracy(values, a.labels) for values in zip(*rows)]
+    assert max(accuracies) < limit, accuracies
+    assert rule_accuracy(a.labels, a.labels) == 1                    # such rules can be right
+
+
 def test_overfitting_keeps_images_of_every_class_in_turn(tmp_path):
     grey_images(tmp_path, *(f"train/{name}/{k}.png" for name in "abc" for k in range(3)),
                 "train/b/3.png")
@@ -5923,6 +5967,40 @@ def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(cap
     assert re.search("attention +1 of 1 done  0:00:0", capsys.readouterr().out)
     job, = study.make_jobs(["S1"], study_args(*words[1:words.index("--")], "--", "--lr", 1))[:1]
     assert not study.finished(job)                                    # with other options
+
+
+def test_study_ablates_a_classifier_beside_the_published_top_1(capsys, monkeypatch):
+    flags = study.PARTS["T5"].groups["ablation"]
+    assert len(flags) == 18 and flags["T5-nomlp"].endswith("--no-channel_mlp")
+    assert flags["T5-ppaa"].endswith("--mixers pool,pool,attention,attention --norm layer "
+                                     "--positions")                  # crop_fraction is ImageNet's
+    published = {arm: study.published_top1(arm) for arm in flags}
+    assert [published[f"T5-{name}"] for name in ("pool", "pool9", "nonorm", "ppff")] == [
+        77.2, 76.8, 46.1, 77.9]
+
+    three = {arm: flags[arm] for arm in ("T5-pool", "T5-identity", "T5-noresidual")}
+    monkeypatch.setattr(study, "PARTS", {"T5": study.Part("Why?", {"ablation": three}, score="top1")})
+    tops = iter(("50", "41.6", "16.6"))
+
+    def no_run(job):                                                 # writes what train.py would
+        job.folder.mkdir(parents=True)
+        record = {"epoch": 0, "n_parameters": 7, "train_loss": 1.5, "train_class_error": 70.0,
+                  "test_acc1": float(next(tops)), "test_acc5": 100.0}
+        (job.folder / "log.txt").write_text(json.dumps(record))
+        (job.folder / "steps.txt").write_text(json.dumps({"step": 3}))
+        (job.folder / "commits.txt").write_text("abc")
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(study, "start", no_run)
+    study.main(["T5", *TINY_STUDY])
+    out = capsys.readouterr().out
+    assert "| `T5-pool` | 1 | 0.500 |  | 77.2 | 7 | 0 |" in out
+    assert "| `T5-identity` | 1 | 0.416 | -0.084 (one seed: no interval) | 74.3 | 7 | 0 |" in out
+    assert "runs/T5-noresidual_s1: top1 0.166" in out and "| 3 | 1.0 |" in out
+    results = json.load(open("assets/study.json"))
+    assert results["runs"]["T5-pool"]["1"]["curves"] == {
+        "epoch": [1], "top1": [0.5], "loss": [1.5], "class_error": [70]}
+    assert results["T5"]["order"] == [{"arms": 3, "rank correlation": pytest.approx(1)}]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
