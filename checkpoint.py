@@ -138,7 +138,7 @@ def rename_official_keys(state):
     our own state dicts pass unchanged.
 
     Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
-    positions; of the baselines; of DeiT; and timm's of ViT and MLP-Mixer.
+    positions; of the baselines; of DeiT; and timm's of ViT and MLP-Mixer, saved by torch.
     """
     renames = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0.",
                "stem.proj.": "downsample_layers.0.conv.", "mlp_channels.": "mlp.",

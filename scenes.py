@@ -25,8 +25,8 @@ plain   A bright rectangle, ellipse or triangle of 1/3 to 4/5 of the side, fille
 twins   Three to five small shapes of clear colours, two of them of the same colour. The class says
         whether these two have the same shape, too. Shapes by themselves, colours, places and the
         number of objects are distributed alike in both classes.
-count   Two to six objects of one shape and colour; the class says how many. Neither colour nor
-        shape tells, nor the area that they cover together, and the size of each tells little.
+count   Two to six bright objects of one shape and colour on dark ground; the class says how many.
+        Neither colour nor shape tells, nor the area of all, and the size of each tells little.
 """
 
 import math
@@ -157,10 +157,14 @@ def apart(rng, side, sizes, far=0):
             return boxes
 
 
-def class_plain(rng, side, label):
-    # dark ground, a bright colour, a box
+def dark_and_bright(rng):
+    """Two dark colours for the ground, and a bright one."""
     ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
-    color = tuple(rng.randint(160, 255) for _ in range(3))
+    return ground, tuple(rng.randint(160, 255) for _ in range(3))
+
+
+def class_plain(rng, side, label):
+    ground, color = dark_and_bright(rng)
     w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
     box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
     outline = [max(1, side // 32)] if label >= 3 else []
@@ -168,7 +172,7 @@ def class_plain(rng, side, label):
 
 
 def class_twins(rng, side, label):
-    grey = rng.randrange(226)
+    grey = rng.randrange(96)
     ground = (grey,) * 3, (grey + 30,) * 3
 
     # objects 0 and 1 have one colour; of these shapes two can be equal, and two can differ
@@ -188,8 +192,7 @@ def class_twins(rng, side, label):
 
 
 def class_count(rng, side, label):
-    n, ground, shape = label + 2, ground_colors(rng), rng.randrange(3)
-    color = color_unlike(rng, ground)
+    n, (ground, color), shape = label + 2, dark_and_bright(rng), rng.randrange(3)
 
     # the area of all boxes, 4 to 24 % of the image's whatever n, in uneven shares
     total, shares = 0.04 * 6 ** rng.random(), [rng.uniform(0.2, 1) for _ in range(n)]

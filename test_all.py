@@ -1925,6 +1925,17 @@ def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
     refused(f"{words}, mixers {four} in the file, pool,pool,pool,pool in the model", load_weights,
             build_model("detr_tiny", backbone="metaformer_tiny"), source)
     refused(f"{words}$", load_weights, build_model("metaformer_tiny"), source, strict=False)
+    refused("pixel_norm imagenet in the file, half in the model", load_weights, build_model(
+        "metaformer_tiny", mixers=four, activation="relu", pixel_norm="half"), source)
+
+
+def test_a_mixers_file_of_no_square_is_an_error_that_names_the_tensors():
+    model = build_model("mixer_tiny64", depths="1")
+    file = {theirs: torch.zeros(shape) for theirs, (_, shape) in official_tensors(model).items()}
+    assert load_weights(model, file) == []
+    file["blocks.0.mlp_tokens.fc1.weight"] = torch.zeros(64, 60)
+    refused(r"1 tensor\(s\) differ.*\n.*w1: \(64, 60\) in the file, \(64, 8, 8\)", load_weights,
+            model, file)
 
 
 def test_class_logits_are_float32_under_autocast():
@@ -3952,6 +3963,13 @@ def test_scenes_other_than_the_plain_ones_are_larger_images():
     cfg = train.make_configs(dict(scenes="twins", train_shapes=20, val_shapes=2))[2]
     train_set = data.build_dataset(cfg, "train")
     assert train_set.classes == ["single", "twin"] and train_set[0][0].shape == (3, 96, 96)
+
+    # those of classifiers are not; positions are as many as an image has patches
+    for side, given in ((64, {}), (96, dict(image_size=96))):
+        given = dict(model="vit_tiny64", scenes="count", train_shapes=5, **given)
+        model_cfg, _, cfg = train.make_configs(given)
+        assert data.build_dataset(cfg, "train")[0][0].shape == (3, side, side)
+        assert build_model(model_cfg).pos_embed.shape == (1, 1 + (side // 8)**2, 96)
 
 
 @pytest.mark.parametrize("words, advice", [
