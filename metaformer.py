@@ -75,7 +75,7 @@ TOKEN_NORMS = {"group": TokenGroupNorm, "layer": TokenLayerNorm, "batch": TokenB
                "none": NoNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "starrelu": StarReLU}
 FAMILIES = "poolformer", "baselines", "isotropic"
-# mean and deviation of pixels in 0..255: ImageNet's, or 0.5 of the range, as Google's models have it
+# mean and deviation of pixels in 0..255: ImageNet's, or half the range, as Google's models have it
 PIXEL_NORMS = {"imagenet": (PIXEL_MEAN, PIXEL_STD), "half": (3 * (127.5,), 3 * (127.5,))}
 
 
@@ -499,7 +499,7 @@ METAFORMERS |= {
     "caformer_m36": replace(CA, widths=M36, drop_path=0.4, head_dropout=0.4),
     "caformer_b36": replace(CA, widths=B36, drop_path=0.6, head_dropout=0.5)}
 
-# ViT and MLP-Mixer, arXiv:2105.01601, Table 1, in sizes and patches; small ones for 64 pixels
+# MLP-Mixer: arXiv:2105.01601, Table 1; and a small one and a small ViT for 64 pixels
 ISOTROPIC = dict(family="isotropic", norm="layer", layer_scale=0.0)
 VIT = MetaFormerConfig(depths="12", widths="192", mixers="attention", head_size=64,
                        positions=True, **ISOTROPIC)

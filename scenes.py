@@ -4,8 +4,8 @@
     ground, objects = scene(random.Random(0), 96)                  # for an image of 96 x 96 pixels
 
 ground: two colours, see images.draw_ground. An object, back to front, is (label, box, parts), and a
-part (shape, box, colour), see images.draw_shape, or (shape, box, colour, width) of an outline alone;
-boxes are xywh in pixels, tight.
+part (shape, box, colour), of an outline (shape, box, colour, width), see images.draw_shape; boxes
+are xywh in pixels, tight.
 
 plain   One to four rectangles, ellipses and triangles of any colour and of 1/5 to 3/5 of the side,
         partly over one another. Each can be told by itself.

@@ -3,7 +3,7 @@
     python study.py                                 # parts and arms, runs done and missing, time
     python study.py S1 --seeds 3 --jobs 2           # the missing runs of a part, then its tables
     python study.py S7 --bccd DIR                   # real images: annotations/, train/ and val/
-    python study.py T5                              # classifiers: PoolFormer's ablation in miniature
+    python study.py T5                              # classifiers: PoolFormer's ablation, in small
     python study.py cost                            # the whole detector by mixer; no training
     python study.py S1 --output_dir try --assets try --epochs 1 -- --train_shapes 64   # to try it
 
@@ -423,7 +423,7 @@ def group_table(title, names, runs, score):
 
     # beside the scores: of classifiers ImageNet's, of detectors other thresholds
     if score == "top1":
-        columns["S12 on ImageNet, published"] = lambda r: r["published"]
+        columns["S12 on ImageNet, published %"] = lambda r: r["published"]
     else:
         columns |= {
             "AP50": lambda r: number(r["AP50"]), "AP75": lambda r: number(r["AP75"]),

@@ -5997,7 +5997,8 @@ def test_study_ablates_a_classifier_beside_the_published_top_1(capsys, monkeypat
         77.2, 76.8, 46.1, 77.9]
 
     three = {arm: flags[arm] for arm in ("T5-pool", "T5-identity", "T5-noresidual")}
-    monkeypatch.setattr(study, "PARTS", {"T5": study.Part("Why?", {"ablation": three}, score="top1")})
+    part = study.Part("Why?", {"ablation": three}, score="top1")
+    monkeypatch.setattr(study, "PARTS", {"T5": part})
     tops = iter(("50", "41.6", "16.6"))
 
     def no_run(job):                                                 # writes what train.py would
