@@ -82,7 +82,7 @@ BCCD = ("--train_json {bccd}/annotations/instances_train.json --train_images {bc
         "--model detr_tiny --backbone_weights none --num_queries 50 --image_size 160 "
         "--max_size 267 --batch_size 8 --clip_max_norm 1 --schedule cosine --warmup_steps 200 "
         f"--epochs 150 --eval_every 5 {rates(1)}")
-CLASSIFIER = "--model metaformer_tiny --scenes count --epochs 14"
+CLASSIFIER = "--model metaformer_tiny --scenes count"
 
 # Arms in groups; the first arm of a group is the reference of the others' differences. An arm of
 # several groups runs once. keep_epochs: train_keeping_epochs instead of train.py. score: AP of
