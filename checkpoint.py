@@ -129,15 +129,23 @@ def official_fields(path, state, dilation):
         masks="mask_head.lay1.weight" in weights)
 
 
+def as_grid(v):
+    """(..., N) as (..., side, side), or unchanged where N is no square."""
+    side = math.isqrt(v.shape[-1])
+    return v.unflatten(-1, (side, side)) if side * side == v.shape[-1] else v
+
+
 def rename_official_keys(state):
     """Renames, and reshapes where needed, the tensors of an official MetaFormer file to our names;
     our own state dicts pass unchanged.
 
     Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
-    positions; of the baselines; and of DeiT. Not those of Google's ViT and MLP-Mixer: they expect
-    other pixel means than ImageNet's.
+    positions; of the baselines; of DeiT; and timm's of ViT and MLP-Mixer, saved by torch.
     """
-    renames = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0."}
+    renames = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0.",
+               "stem.proj.": "downsample_layers.0.conv.", "mlp_channels.": "mlp.",
+               "mlp_tokens.fc1.weight": "token_mixer.w1", "mlp_tokens.fc1.bias": "token_mixer.b1",
+               "mlp_tokens.fc2.weight": "token_mixer.w2", "mlp_tokens.fc2.bias": "token_mixer.b2"}
     stage = 0
     for i in sorted({int(key.split(".")[1]) for key in state if key.startswith("network.")}):
         if f"network.{i}.proj.weight" in state:
@@ -162,6 +170,12 @@ def rename_official_keys(state):
         elif key.endswith("token_mixer.weight") and v.dim() == 2:   # (N, N), N = side * side
             side = math.isqrt(len(v))
             v = v.view(side, side, side, side)
+        elif key.endswith("token_mixer.w1") and v.dim() == 2:       # (tokens_mlp_dim, N)
+            v = as_grid(v)
+        elif key.endswith("token_mixer.w2") and v.dim() == 2:       # (N, tokens_mlp_dim)
+            v = as_grid(v.t())
+        elif key.endswith("token_mixer.b2") and v.dim() == 1:       # (N,)
+            v = as_grid(v)
         renamed[key] = v
     return renamed
 
@@ -172,7 +186,7 @@ def check_same_blocks(name, config, cfg, strict):
     the mixers may differ."""
     def hidden_options(c):
         shown = {f: getattr(c, f) for f in ("family", "norm", "activation", "residual",
-                                            "head_size")}
+                                            "head_size", "pixel_norm")}
         mixers = ",".join(mixer for *_, mixer in c.stages)
         return {**shown, "mixers": mixers, "pool_size": c.pool_size} if strict else shown
 
@@ -187,8 +201,9 @@ def load_weights(model, source, strict=True):
     """Copies the tensors of a checkpoint into `model`; every one is accounted for.
 
     source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
-    PoolFormer, MetaFormer-baselines or DeiT file (all go into the whole model), or a classifier for
-    a DETR's backbone: a torchvision ResNet file, a MetaFormer of ours or a released one.
+    PoolFormer, MetaFormer-baselines or DeiT file, or timm's of a ViT or MLP-Mixer (all go into the
+    whole model), or a classifier for a DETR's backbone: a torchvision ResNet file, a MetaFormer of
+    ours or a released one.
     strict=False, for fine-tuning, lets the class head, the mask head and the mixers differ, which
     then stay as initialised. Returns one line for each tensor that was not taken from or not found
     in the file. Raises UserError that names the tensors that do not fit.

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from coco_eval import UserError, UserFileError
 from options import check_options
-from images import (IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, draw_ground, draw_shape, ground_colors,
-                    read_image, resized)
+from images import IMAGE_SUFFIXES, PIXEL_MEAN, PIXEL_STD, read_image, resized
+from scenes import CLASS_SCENES, draw_scene
 from check_data import is_text, short_repr
 
 
@@ -312,35 +312,29 @@ class ImageFolder(ClassificationDataset):
 
 
 class ShapesClassification(ClassificationDataset):
-    """Generated images of one shape, filled or in outline: six classes, nothing to download.
+    """Generated images, nothing to download: of one shape, or a scene of scenes.py.
 
-    split: "train" or "val", which have different images; n: their number; image_size: their side.
-    The bright shape is 1/3 to 4/5 of the side wide and high; the dark ground has a pattern of
-    ShapesDataset. Image i is a pure function of (split, i, image_size), drawn by read(i).
+    split: "train" or "val", which have different images; n: their number; image_size: their side;
+    scenes: a key of CLASS_SCENES. Image i, a pure function of (split, i, image_size, scenes), is
+    drawn by read(i); its class is i modulo their number.
     """
 
-    def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42):
+    def __init__(self, split="train", n=6400, image_size=64, augment=False, seed=42,
+                 scenes="plain"):
         super().__init__(image_size, 1.0, augment, seed)
-        self.split = split
-        shapes = "rectangle", "ellipse", "triangle"
-        self.classes = [*shapes, *(f"{shape} outline" for shape in shapes)]
-        self.image_ids = np.arange(n)
-        self.labels = self.image_ids % 6
+        self.split, self.scenes = split, scenes
+        names, self.make_scene = CLASS_SCENES[scenes]
+        self.classes, self.image_ids = list(names), np.arange(n)
+        self.labels = self.image_ids % len(names)
+
+    def _scene(self, i):
+        """Random state, the two ground colours, and the objects."""
+        kind = "one shape" if self.scenes == "plain" else self.scenes
+        rng = random.Random(f"{kind} {self.split} {self.image_ids[i]} {self.image_size}")
+        return rng, *self.make_scene(rng, self.image_size, int(self.labels[i]))
 
     def read(self, i):
-        label, side = int(self.labels[i]), self.image_size
-        rng = random.Random(f"one shape {self.split} {self.image_ids[i]} {side}")
-
-        # dark ground, a bright colour, a box
-        ground = [tuple(c // 2 for c in color) for color in ground_colors(rng)]
-        color = tuple(rng.randint(160, 255) for _ in range(3))
-        w, h = (round(rng.uniform(side / 3, side * 4 / 5)) for _ in range(2))
-        box = rng.randint(0, side - w), rng.randint(0, side - h), w, h
-
-        image = draw_ground(rng, ground, side)
-        paint = dict(fill=color) if label < 3 else dict(outline=color, width=max(1, side // 32))
-        draw_shape(image, rng, label % 3, box, **paint)
-        return image
+        return draw_scene(*self._scene(i), self.image_size)
 
 
 # -- loss ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from coco_eval import UserError
 from options import check_options, read_options
 from mixers import MIXERS
-from scenes import SCENES
+from scenes import CLASS_SCENES, SCENES
 from resnet import RESNETS
 from metaformer import METAFORMERS, MetaFormerConfig
 from classification import ClassLossConfig
@@ -36,7 +36,9 @@ class TrainConfig:
     val_split: Annotated[float, "of a data set with one split, the share to validate on", 0] = 0.0
     train_shapes: Annotated[int, "built-in shapes: images per epoch", 1] = 6400
     val_shapes: Annotated[int, "built-in shapes: held-out images", 1] = 256
-    scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py", SCENES] = "plain"
+    scenes: Annotated[str, "built-in shapes: what lies where, see scenes.py; for detectors "
+                           f"{', '.join(SCENES)}, for classifiers {', '.join(CLASS_SCENES)}",
+                      {**SCENES, **CLASS_SCENES}] = "plain"
     overfit: Annotated[int, "train and evaluate on the first N images: try this first", 0] = 0
     image_size: Annotated[int, "shorter side in evaluation; training sizes scale with it; "
                                "classifiers: side of all images", 1] = 800
@@ -101,6 +103,10 @@ class TrainConfig:
         if self.image_size < 5 and self.kind in ("shapes", "shape_classes"):
             raise UserError(f"--image_size {self.image_size} is too small for shapes, give 5 or "
                             f"more")
+        scenes = SCENES if self.kind == "shapes" else CLASS_SCENES
+        if self.kind in ("shapes", "shape_classes") and self.scenes not in scenes:
+            raise UserError(f"--scenes {self.scenes} is not for {self.model}, use one of: "
+                            f"{', '.join(scenes)}")
         if self.max_size < self.image_size:
             raise UserError(f"--max_size {self.max_size} is less than --image_size "
                             f"{self.image_size}")
@@ -284,7 +290,9 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "warmup_epochs": ("--warmup_steps 0", not (cfg.warmup_epochs and cfg.warmup_steps)),
              "train_shapes": ("the built-in data", built_in),
              "val_shapes": ("the built-in data", built_in),
-             "scenes": ("the built-in shapes and a detector", cfg.kind == "shapes"),
+             "scenes": ("the built-in data", built_in),
+             "patch_size": ("--family isotropic",
+                            classifier and model_cfg.family == "isotropic"),
              **{name: ("--masks", getattr(model_cfg, "masks", False))
                 for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 import torch
 
-from images import draw_ground, draw_shape, read_image, resized
-from scenes import SCENES
+from images import read_image, resized
+from scenes import SCENES, draw_scene
 from coco_eval import UserError
 from check_data import (cached_arrays, check_coco, coco_faults, describe_boxes, file_faults,
                         read_instances, refuse)
@@ -366,12 +366,7 @@ class ShapesDataset(DetectionDataset):
 
     def read(self, i):
         """Image i as an RGB PIL image."""
-        rng, ground, objects = self._scene(self.files[i])            # not i: see keep_only
-        image = draw_ground(rng, ground, self.side)
-        for _, _, parts in objects:
-            for shape, box, color in parts:
-                draw_shape(image, rng, shape, box, fill=color)
-        return image
+        return draw_scene(*self._scene(self.files[i]), self.side)    # not i: see keep_only
 
 
 # -- batches -------------------------------------------------------------------------------------
@@ -543,8 +538,8 @@ def build_dataset(cfg, split, classes=None, crop_fraction=0.9, masks=False):
     else:
         n = cfg.train_shapes if source == "train" else cfg.val_shapes
         options = source, n, cfg.image_size, augment, cfg.seed
-        dataset = (ShapesDataset(*options, cfg.scenes) if cfg.kind == "shapes" else
-                   ShapesClassification(*options))
+        kind = ShapesDataset if cfg.kind == "shapes" else ShapesClassification
+        dataset = kind(*options, cfg.scenes)
     if masks:
         from segmentation import add_masks         # here, as that file imports this one
         add_masks(dataset)

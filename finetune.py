@@ -24,7 +24,7 @@ from model import ModelConfig
 DETECTOR_OPTIONS = ("backbone", "hidden_dim", "nheads", "enc_layers", "dec_layers",
                     "dim_feedforward", "pre_norm")
 CLASSIFIER_OPTIONS = ("family", "depths", "widths", "norm", "activation", "residual",
-                      "channel_mlp", "mlp_head", "head_size")
+                      "channel_mlp", "mlp_head", "head_size", "patch_size", "pixel_norm")
 
 
 def file_options(path, file):

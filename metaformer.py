@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from coco_eval import UserError
 from options import check_options
+from images import PIXEL_MEAN, PIXEL_STD
 from mixers import MIXERS, MixerConfig, StarReLU, to_grid
 from resnet import Normalise, SyncedBatchNorm2d
 
@@ -74,6 +75,8 @@ TOKEN_NORMS = {"group": TokenGroupNorm, "layer": TokenLayerNorm, "batch": TokenB
                "none": NoNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "starrelu": StarReLU}
 FAMILIES = "poolformer", "baselines", "isotropic"
+# mean and deviation of pixels in 0..255: ImageNet's, or half the range, as Google's models have it
+PIXEL_NORMS = {"imagenet": (PIXEL_MEAN, PIXEL_STD), "half": (3 * (127.5,), 3 * (127.5,))}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class MetaFormerConfig:
     poolformer  arXiv:2111.11418. LayerScale on the branches; norm, then mean over tokens.
     baselines   arXiv:2210.13452. No biases in blocks and their norms; a scale on the skip of the
                 last two stages; norms beside the strided convolutions; mean over tokens, then norm.
-    isotropic   One stage, of 16 x 16 patches: with positions and a class token for the head ViT,
+    isotropic   One stage, of square patches: with positions and a class token for the head ViT,
                 arXiv:2010.11929; with the mlp mixer MLP-Mixer, arXiv:2105.01601.
 
     --image_size has three meanings. Here it is the largest side for which fixed grids and positions
@@ -108,6 +111,9 @@ class MetaFormerConfig:
     drop_path: Annotated[float, "stochastic depth of the last block; linear from 0", 0] = 0.1
     head_dropout: Annotated[float, "dropout in the MLP head", 0] = 0.0
     image_size: Annotated[int, "largest side of fixed grids and positions", 1] = 224
+    patch_size: Annotated[int, "isotropic: side of the patches in pixels", 1] = 16
+    pixel_norm: Annotated[str, "mean and deviation of pixels; half: 0.5 each",
+                          PIXEL_NORMS] = "imagenet"
     crop_fraction: Annotated[float, "evaluation: side of the centre crop / shorter side", 0] = 0.9
     num_classes: Annotated[int, "classes K; data sets set it", 1] = 1000
     out_stages: Annotated[str, "instead of a classifier, maps of these stages, as 1,2,3,4"] = ""
@@ -135,6 +141,9 @@ class MetaFormerConfig:
                             f"must be below 1")
         if self.positions and "attention" not in mixers:
             raise UserError(f"--positions are for --mixers with attention, not {self.mixers}")
+        if self.family == "isotropic" and self.patch_size > self.image_size:
+            raise UserError(f"--patch_size {self.patch_size} is more than --image_size "
+                            f"{self.image_size}")
         if self.out_stages and not set(self.out_stages.split(",")) <= set("1234"[:n]):
             raise UserError(f"--out_stages {self.out_stages} must name stages from 1 to {n}")
 
@@ -275,7 +284,7 @@ class MetaFormer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.normalise = cfg, Normalise()
+        self.cfg, self.normalise = cfg, Normalise(*PIXEL_NORMS[cfg.pixel_norm])
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
         self.pos_embed, self.cls_token = None, None
         self.max_side_of_stage = {}                    # in tokens, of the stages that have a limit
@@ -288,7 +297,7 @@ class MetaFormer(nn.Module):
         cin, side = 3, cfg.image_size
         for k, (depth, C, mixer) in enumerate(cfg.stages[:max(cfg.out_stage_numbers, default=4)]):
             if cfg.family == "isotropic":
-                kernel, stride, padding = 16, 16, 0
+                kernel, stride, padding = cfg.patch_size, cfg.patch_size, 0
             else:
                 kernel, stride, padding = (3, 2, 1) if k else (7, 4, 2)
             self.downsample_layers.append(
@@ -356,7 +365,7 @@ class MetaFormer(nn.Module):
             return self.head(x.float())
 
     def features(self, images, valid=None):
-        """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at 16).
+        """List of maps (B, C, H, W) at strides 4, 8, 16 and 32 (isotropic: one, at patch_size).
 
         Arguments as in forward. With cfg.out_stages the maps of these stages alone, each with a
         norm of its own, which the next stage does not see. In eval mode padding does not change an
@@ -490,14 +499,27 @@ METAFORMERS |= {
     "caformer_m36": replace(CA, widths=M36, drop_path=0.4, head_dropout=0.4),
     "caformer_b36": replace(CA, widths=B36, drop_path=0.6, head_dropout=0.5)}
 
-# ViT in the sizes of DeiT: arXiv:2012.12877, Table 1; MLP-Mixer: arXiv:2105.01601, Table 1
+# MLP-Mixer: arXiv:2105.01601, Table 1; and a small one and a small ViT for 64 pixels
 ISOTROPIC = dict(family="isotropic", norm="layer", layer_scale=0.0)
 VIT = MetaFormerConfig(depths="12", widths="192", mixers="attention", head_size=64,
                        positions=True, **ISOTROPIC)
-MIXER = MetaFormerConfig(depths="8", widths="512", mixers="mlp", crop_fraction=0.875, **ISOTROPIC)
+VITS = {"ti": VIT, "s": replace(VIT, widths="384"), "b": replace(VIT, widths="768"),
+        "l": replace(VIT, depths="24", widths="1024")}
+MIXER = MetaFormerConfig(depths="8", widths="512", mixers="mlp", pixel_norm="half",
+                         crop_fraction=0.875, **ISOTROPIC)
+MIXER_B = replace(MIXER, depths="12", widths="768", tokens_mlp_dim=384)
+MIXER_L = replace(MIXER, depths="24", widths="1024", tokens_mlp_dim=512)
+SIDE64 = dict(depths="6", widths="96", drop_path=0.0, image_size=64, patch_size=8,
+              crop_fraction=1.0)
 METAFORMERS |= {
-    "vit_ti": VIT,
-    "vit_s": replace(VIT, widths="384"),
-    "vit_b": replace(VIT, widths="768"),
-    "mixer_s16": MIXER,
-    "mixer_b16": replace(MIXER, depths="12", widths="768", tokens_mlp_dim=384)}
+    "vit_tiny64": replace(VIT, head_size=32, **SIDE64),
+    "mixer_tiny64": replace(MIXER, tokens_mlp_dim=64, pixel_norm="imagenet", **SIDE64),
+    "mixer_s32": replace(MIXER, patch_size=32), "mixer_s16": MIXER,
+    "mixer_b32": replace(MIXER_B, patch_size=32), "mixer_b16": MIXER_B,
+    "mixer_l32": replace(MIXER_L, patch_size=32), "mixer_l16": MIXER_L}
+
+# ViT as DeiT trains it, arXiv:2012.12877, Table 1; then as Google released it, arXiv:2106.10270
+METAFORMERS |= {f"vit_{size}": VITS[size] for size in ("ti", "s", "b")}
+METAFORMERS |= {f"vit_{size}{patch}": replace(VITS[size], patch_size=patch, pixel_norm="half")
+                for size, patch in (("ti", 16), ("s", 32), ("s", 16), ("b", 32), ("b", 16),
+                                    ("l", 16))}

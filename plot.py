@@ -180,28 +180,28 @@ def plot_classifiers(result, path):
     figure.savefig(path, dpi=120)
 
 
-def plot_arms(groups, path):
-    """Of each group of arms, AP of every seed, and mean AP over mean training time.
+def plot_arms(groups, path, score="AP"):
+    """Of each group of arms, the score of every seed, and its mean over mean training time.
 
-    groups: {title: {arm: {seed: dict with "AP" and "seconds"}}}, from study.py; of a group, a line
-    marks the mean AP of the first arm.
+    groups: {title: {arm: {seed: dict with the score and "seconds"}}}, from study.py; of a group, a
+    line marks the mean of the first arm.
     """
     most = max(map(len, groups.values()))
     figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
                                 squeeze=False, sharex="row", layout="constrained")
     for (dots, times), (title, arms) in zip(axes.T, groups.items()):
         for k, (arm, runs) in enumerate(arms.items()):
-            aps, seconds = ([r[name] for r in runs.values()] for name in ("AP", "seconds"))
+            aps, seconds = ([r[name] for r in runs.values()] for name in (score, "seconds"))
             mean, color = sum(aps) / len(aps), f"C{k % 10}"
             dots.plot(aps, [k] * len(aps), "o", color=color, alpha=0.6)
             dots.plot(mean, k, "|", color=color, markersize=16)
             if k == 0:
                 dots.axvline(mean, color="gray", linestyle=":")
             times.plot(sum(seconds) / len(seconds), mean, "o", color=color, label=arm)
-        dots.set(title=title, xlabel="AP, a dot for each seed", yticks=range(len(arms)),
+        dots.set(title=title, xlabel=f"{score}, a dot for each seed", yticks=range(len(arms)),
                  yticklabels=list(arms))
         dots.invert_yaxis()
-        times.set(xlabel="seconds of one thread", ylabel="mean AP")
+        times.set(xlabel="seconds of one thread", ylabel=f"mean {score}")
         times.legend(fontsize="x-small")
         for axis in (dots, times):
             axis.grid(alpha=0.3)

@@ -22,17 +22,17 @@ def memory_format(device):
 
 
 class Normalise(nn.Module):
-    """Images with ImageNet's mean subtracted, divided by its standard deviation, in float32.
+    """Images with a mean subtracted, divided by a standard deviation, ImageNet's, in float32.
 
     images uint8 or float 0..255 (B, 3, IH, IW), RGB; valid bool (B, IH, IW) or None. Padding (valid
     False) becomes 0, which is the mean colour after normalisation. Raises ValueError for images of
     another shape.
     """
 
-    def __init__(self):
+    def __init__(self, mean=PIXEL_MEAN, std=PIXEL_STD):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images, valid):
         if images.dim() != 4 or images.shape[1] != 3:

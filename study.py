@@ -4,6 +4,7 @@
     python study.py S1 --seeds 3 --jobs 2           # the missing runs of a part, then its tables
     python study.py S7 --bccd DIR                   # real images: annotations/, train/ and val/
     python study.py S1 --probes                     # ... and what its decoder layers and heads do
+    python study.py T5                              # classifiers: PoolFormer's ablation, in small
     python study.py cost                            # the whole detector by mixer; no training
     python study.py S1 --output_dir try --assets try --epochs 1 -- --train_shapes 64   # to try it
 
@@ -31,9 +32,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # the runs have the other cores
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.stats import spearmanr, t as student_t
 
+from bench import PUBLISHED
 from coco_eval import FlagParser, run_command
+from metaformer import ABLATIONS
+from finetune import flag
 from config import PRESETS, parse_options
 from report import hms
 from study_probes import (NOISE, REACH, measure_attention, measure_cost, measure_layers,
@@ -63,12 +67,24 @@ def rates(factor):
     return f"--lr {factor * preset['lr']:g} --lr_backbone {factor * preset['lr_backbone']:g}"
 
 
+def ablation_arms(flags):
+    """{"T5-identity": "... --mixers identity", ...}: the changes of PoolFormer-S12's ablation,
+    arXiv:2111.11418, Table 5, made to a small classifier; "T5-pool" is without any."""
+    named = {"T5-pool": flags}
+    for name, change in ABLATIONS.items():
+        own = [flag(*option) for option in change.items() if option[0] != "crop_fraction"]
+        named[f"T5-{name}"] = " ".join([flags, *own])
+    return named
+
+
 TUNE = "--finetune ../attention_s{seed}/ckpt.pt --epochs 1"
 BCCD = "--data {bccd} --recipe small --epochs 150"
+CLASSIFIER = "--model metaformer_tiny --scenes count"
 
 # Arms in groups; the first arm of a group is the reference of the others' differences. An arm of
-# several groups runs once. keep_epochs: train_keeping_epochs instead of train.py.
-Part = namedtuple("Part", "question groups keep_epochs", defaults=[False])
+# several groups runs once. keep_epochs: train_keeping_epochs instead of train.py. score: AP of
+# detectors, top1 of classifiers, both in [0, 1].
+Part = namedtuple("Part", "question groups keep_epochs score", defaults=[False, "AP"])
 PARTS = {
     "S1": Part("Which of the two self-attentions matters, and which mixer does as well?", {
         "encoder": {**arms("enc", ALL), "no-encoder": "--enc_layers 0"},
@@ -108,7 +124,9 @@ PARTS = {
         "one epoch of fine-tuning": {**arms("enc", FEW[:3], TUNE, "-tuned"),
                                      **arms("dec", FEW[1:3], TUNE, "-tuned"),
                                      **arms("both", FEW[1:3], TUNE, "-tuned")}}),
-    "S7": Part("And on real images?", {"blood cells": arms("enc", FEW, BCCD, "-bccd")})}
+    "S7": Part("And on real images?", {"blood cells": arms("enc", FEW, BCCD, "-bccd")}),
+    "T5": Part("Do the parts of a PoolFormer matter as they do on ImageNet?", {
+        "ablation": ablation_arms(CLASSIFIER)}, score="top1")}
 
 COST = {"detr_r50": (800, 1066), "detr_r50_dc5": (800, 1066)}       # DETR's usual size on COCO
 
@@ -144,15 +162,16 @@ def paired_interval(ours, theirs):
     return mean, mean - half, mean + half
 
 
-def compare(scores, reference):
+def compare(scores, reference, name="AP"):
     """A row for each arm: mean, deviation, and the paired difference to the reference arm.
 
-    scores: {arm: {seed: AP}}. "differs": the interval excludes 0 and the difference is over 0.02.
+    scores: {arm: {seed: score}}; name: AP or top1. "differs": the interval excludes 0 and the
+    difference is over 0.02.
     """
     rows = []
     for arm, by_seed in scores.items():
         mean, sd = mean_sd(by_seed.values())
-        row = dict(arm=arm, seeds=len(by_seed), AP=mean, AP_sd=sd)
+        row = {"arm": arm, "seeds": len(by_seed), name: mean, f"{name}_sd": sd}
         if arm != reference:
             d, low, high = paired_interval(by_seed, scores.get(reference, {}))
             differs = low is not None and (low > 0 or high < 0) and abs(d) > 0.02
@@ -230,7 +249,8 @@ def report_end(job, code):
     if code == 0:
         (job.folder / "finished.txt").write_text(shlex.join(job.options))
         result = read_results(job)
-        print(f"{job.folder}: AP {result['AP']:.3f}, {hms(result['seconds'])}", flush=True)
+        score = "top1" if "top1" in result else "AP"
+        print(f"{job.folder}: {score} {result[score]:.3f}, {hms(result['seconds'])}", flush=True)
     else:
         lines = (job.folder / "output.txt").read_text(errors="replace").splitlines()
         print(f"{job.folder} failed (exit code {code}), the end of its output.txt:", *lines[-5:],
@@ -277,14 +297,21 @@ def read_results(job):
     the machine counts in any other; with the evaluations, and of all sittings.
     """
     epochs, steps = read_lines(job.folder / "log.txt"), read_lines(job.folder / "steps.txt")
-    tested = [r for r in epochs if "test_coco_eval_bbox" in r]
-    ap, ap50, ap75 = zip(*(r["test_coco_eval_bbox"][:3] for r in tested))
-    steps_per_epoch = max(r["step"] for r in steps)
-    curves = {"epoch": [r["epoch"] + 1 for r in tested], "AP": ap, "AP50": ap50}
-    for name in ("loss", "class_error", "loss_bbox_unscaled", "loss_giou_unscaled"):
+    tested = [r for r in epochs if "test_coco_eval_bbox" in r or "test_acc1" in r]
+    curves, losses = {"epoch": [r["epoch"] + 1 for r in tested]}, ["loss", "class_error"]
+    if "test_acc1" in tested[-1]:                                    # a classifier
+        curves["top1"] = [r["test_acc1"] / 100 for r in tested]
+        scores = {"top1": curves["top1"][-1]}
+    else:
+        ap, ap50, ap75 = zip(*(r["test_coco_eval_bbox"][:3] for r in tested))
+        steps_per_epoch = max(r["step"] for r in steps)
+        curves.update(AP=ap, AP50=ap50)
+        losses += ["loss_bbox_unscaled", "loss_giou_unscaled"]
+        scores = {"AP": ap[-1], "AP50": ap50[-1], "AP75": ap75[-1],
+                  "step_at_half": step_at(ap50, [e * steps_per_epoch for e in curves["epoch"]])}
+    for name in losses:
         curves[name] = [r[f"train_{name}"] for r in tested]
-    return {"AP": ap[-1], "AP50": ap50[-1], "AP75": ap75[-1],
-            "step_at_half": step_at(ap50, [e * steps_per_epoch for e in curves["epoch"]]),
+    return {**scores,
             "seconds": sum(map(float, (job.folder / "cpu_seconds.txt").read_text().split())),
             "parameters": epochs[-1]["n_parameters"], "options": shlex.join(job.options),
             "commit": "+".join(dict.fromkeys((job.folder / "commits.txt").read_text().split())),
@@ -395,29 +422,45 @@ def print_table(title, columns, rows):
         print(f"| {' | '.join(str(cell(row)) for cell in columns.values())} |")
 
 
-def compared(reference):
+def compared(reference, name="AP"):
     """The first columns of a table of compare()'s rows."""
     return {"arm": lambda r: f"`{r['arm']}`", "seeds": lambda r: r["seeds"],
-            "AP": lambda r: number(r["AP"], r["AP_sd"]),
-            f"AP minus `{reference}`'s [95 %]": difference}
+            name: lambda r: number(r[name], r[f"{name}_sd"]),
+            f"{name} minus `{reference}`'s [95 %]": difference}
 
 
-def group_table(title, names, runs):
+def published_top1(arm):
+    """Top-1 in percent on ImageNet of the PoolFormer-S12 with the change of an arm of T5."""
+    name = arm.replace("T5-", "poolformer_s12_").removesuffix("_pool")
+    return float(PUBLISHED[name].split()[2])
+
+
+def group_table(title, names, runs, score):
     """Prints the table of a group of arms, and returns its rows; runs: {arm: {seed: results}}."""
-    runs = {arm: runs[arm] for arm in names if arm in runs}
-    aps = {arm: {seed: r["AP"] for seed, r in by_seed.items()} for arm, by_seed in runs.items()}
-    rows = compare(aps, next(iter(names)))
+    runs, reference = {arm: runs[arm] for arm in names if arm in runs}, next(iter(names))
+    scores = {arm: {seed: r[score] for seed, r in by_seed.items()}
+              for arm, by_seed in runs.items()}
+    rows, columns = compare(scores, reference, score), compared(reference, score)
     for row in rows:
-        results = runs[row["arm"]].values()
-        for name in ("AP50", "AP75", "seconds", "parameters"):
-            row[name] = statistics.fmean(r[name] for r in results)
-        reached = [r["step_at_half"] for r in results if r["step_at_half"] is not None]
-        row["step_at_half"], row["reached"] = mean_sd(reached)[0], len(reached)
+        results, names = runs[row["arm"]].values(), ["seconds", "parameters"]
+        if score == "top1":
+            row["published"] = published_top1(row["arm"])
+        else:
+            names += ["AP50", "AP75"]
+            reached = [r["step_at_half"] for r in results if r["step_at_half"] is not None]
+            row["step_at_half"], row["reached"] = mean_sd(reached)[0], len(reached)
+        row.update({name: statistics.fmean(r[name] for r in results) for name in names})
+
+    # beside the scores: of classifiers ImageNet's, of detectors other thresholds
+    if score == "top1":
+        columns["S12 on ImageNet, published %"] = lambda r: r["published"]
+    else:
+        columns |= {
+            "AP50": lambda r: number(r["AP50"]), "AP75": lambda r: number(r["AP75"]),
+            "AP50 over 0.5 at step": lambda r: number(r["step_at_half"], digits=0),
+            "in seeds": lambda r: f"{r['reached']} of {r['seeds']}"}
     print_table(title, {
-        **compared(next(iter(names))),
-        "AP50": lambda r: number(r["AP50"]), "AP75": lambda r: number(r["AP75"]),
-        "AP50 over 0.5 at step": lambda r: number(r["step_at_half"], digits=0),
-        "in seeds": lambda r: f"{r['reached']} of {r['seeds']}",
+        **columns,
         "parameters": lambda r: f"{r['parameters']:,.0f}",
         "seconds": lambda r: number(r["seconds"], digits=0)}, rows)
     return rows
@@ -446,7 +489,7 @@ def part_tables(name, jobs):
     print(f"\n## {name}. {part.question}")
     for title, names in part.groups.items():
         if runs.keys() & names.keys():
-            tables[title] = group_table(title, names, runs)
+            tables[title] = group_table(title, names, runs, part.score)
     if name == "S1":
         print_sides(tables)
     if name == "S5":
@@ -460,6 +503,13 @@ def part_tables(name, jobs):
             "mixer": lambda r: f"`{r['mixer']}`", **{
                 k: lambda r, k=k: number(r[k], digits=2) for k in ("deviation", "frozen")}},
             tables["power"])
+    if name == "T5" and len(tables.get("ablation", [])) > 2:
+        ours, published = zip(*((r["top1"], r["published"]) for r in tables["ablation"]))
+        tables["order"] = [{"arms": len(ours), "rank correlation": float(
+            spearmanr(ours, published).statistic)}]
+        print_table("order of the arms beside the published one (1: the same)", {
+            k: lambda r, k=k: round(r[k], 2) for k in ("arms", "rank correlation")},
+            tables["order"])
     if name == "S6":
         tables["surgery"] = surgery_rows(jobs)
         print_table("surgery", compared("attention"), tables["surgery"])
@@ -496,7 +546,7 @@ def draw_part(name, tables, runs, jobs, folder):
               for title, rows in tables.items() if title in PARTS[name].groups}
     if not groups:
         return
-    plot.plot_arms(groups, folder / f"study_{name}.png")
+    plot.plot_arms(groups, folder / f"study_{name}.png", PARTS[name].score)
     for title, named in groups.items():
         runs_of_group = [str(job.folder) for job in jobs if job.arm in named]
         slug = re.sub("[^a-z0-9]+", "_", title)

@@ -1123,6 +1123,50 @@ def test_single_shapes_fill_as_much_of_their_box_as_their_class_says():
     assert all(torch.equal(a[i][0], b[i][0]) for i in reversed(range(30)))
 
 
+def rule_accuracy(values, labels):
+    """Accuracy on the second half of the images of the best rule on a number, by its tenths, that
+    the first half shows."""
+    half, places = len(values) // 2, np.digitize(values, np.quantile(values, np.arange(1, 10) / 10))
+    best = [np.bincount(labels[:half][places[:half] == k], minlength=2).argmax() for k in range(10)]
+    return np.mean(np.array(best)[places[half:]] == labels[half:])
+
+
+@pytest.mark.parametrize("scenes, K", [("twins", 2), ("count", 5)])
+def test_scenes_of_classifiers_are_told_by_what_lies_in_them_and_not_by_less(scenes, K):
+    a, b, val = (ShapesClassification(split, 1500, scenes=scenes)
+                 for split in ("train", "train", "val"))
+    assert np.bincount(a.labels).tolist() == K * [1500 // K] and len(a.classes) == K
+    pixels = [np.array(x.read(i)) for x in (a, val) for i in range(40)]
+    assert len({p.tobytes() for p in pixels}) == 80
+    assert all((np.array(b.read(i)) == pixels[i]).all() for i in reversed(range(40)))
+
+    rows = []
+    for i in range(1500):
+        _, _, objects = a._scene(i)
+        kinds = [(shape, color) for _, _, [(shape, _, color)] in objects]
+        boxes = np.array([box for _, box, _ in objects])
+        shapes, colors = zip(*kinds)
+        equal = [kinds.count(kind) for kind in kinds]
+        rule = len(kinds) - 2 if scenes == "count" else max(equal) - 1
+        assert rule == a.labels[i] and (scenes == "count" or equal.count(2) in (0, 2))
+        if i < 40:                                                   # as many blobs as objects
+            blobs = [ndimage.label((pixels[i] == color).all(2), np.ones((3, 3)))[1]
+                     for color in sorted(set(colors))]
+            assert blobs == [colors.count(color) for color in sorted(set(colors))]
+        image = np.array(a.read(i)).mean((0, 1))
+        rows.append([*image, boxes[:, 2:].prod(1).sum(), len(set(shapes)), len(set(colors)),
+                     shapes[0], boxes[0, 0]])
+        if scenes == "twins":
+            rows[-1] += [len(kinds), shapes.count(0), boxes[:, 2:].max(), boxes[:, 2:].min(),
+                         *boxes[:, :2].std(0)]
+
+    # colours, area, shapes and places; of twins also the number of objects, sizes and distances
+    limit = 1 / K + 4 * (1 / K * (1 - 1 / K) / 750) ** 0.5
+    accuracies = [rule_accuracy(values, a.labels) for values in zip(*rows)]
+    assert max(accuracies) < limit, accuracies
+    assert rule_accuracy(a.labels, a.labels) == 1                    # such rules can be right
+
+
 def test_overfitting_keeps_images_of_every_class_in_turn(tmp_path):
     grey_images(tmp_path, *(f"train/{name}/{k}.png" for name in "abc" for k in range(3)),
                 "train/b/3.png")
@@ -1613,7 +1657,11 @@ def official_tensors(model):
                 network.append(("pos_embed", ".pos_embed"))          # shifts all that follows
             network.append((f"stages.{k}.", "."))
         pairs = [(ours, f"network.{i}{theirs}") for i, (ours, theirs) in enumerate(network)]
-    if cfg.family != "baselines":
+    if cfg.mixers == "mlp":                                          # timm's MLP-Mixer
+        pairs = [("downsample_layers.0.conv.", "stem.proj."), (".mlp.", ".mlp_channels.")]
+        pairs += [(f"token_mixer.{leaf}{k}", f"mlp_tokens.fc{k}.{name}") for k in (1, 2)
+                  for leaf, name in (("w", "weight"), ("b", "bias"))]
+    elif cfg.family != "baselines":
         pairs.append(("downsample_layers.0.conv.", "patch_embed.proj."))
     if cfg.family == "isotropic":
         pairs += [("stages.0.", "blocks."), ("token_mixer", "attn")]
@@ -1627,6 +1675,12 @@ def official_tensors(model):
             name = name.replace(ours, theirs)
         if key.endswith("token_mixer.weight"):
             shape = 2 * (shape[0] * shape[1],)
+        elif key.endswith("token_mixer.w1"):                         # (hidden, H, W)
+            shape = shape[0], shape[1] * shape[2]
+        elif key.endswith("token_mixer.w2"):
+            shape = shape[1] * shape[2], shape[0]
+        elif key.endswith("token_mixer.b2"):
+            shape = (shape[0] * shape[1],)
         elif cfg.family == "poolformer" and ".mlp.fc" in key and v.dim() == 2:
             shape += (1, 1)
         elif cfg.family == "poolformer" and key == "pos_embed":
@@ -1644,7 +1698,8 @@ def official_tensors(model):
     ("poolformer_s12_nonorm", 82, "5a007252f3da"), ("identityformer_s24", 192, "dbad750f44a3"),
     ("randformer_s12", 112, "936beeaa6917"), ("poolformerv2_m36", 280, "0b7ca3ec46bb"),
     ("convformer_s18", 242, "81017358adfe"), ("caformer_s36", 395, "c54a9408df8b"),
-    ("vit_ti", 152, "e1821155d0eb"), ("vit_b", 152, "6e116342a243")])
+    ("vit_ti", 152, "e1821155d0eb"), ("vit_b", 152, "6e116342a243"),
+    ("mixer_s32", 102, "456088b45f5e"), ("mixer_b16", 150, "432da4cf5d60")])
 def test_metaformers_read_tensors_of_the_official_names_and_shapes(name, entries, sha256):
     with torch.device("meta"):
         model = build_model(name)
@@ -1695,7 +1750,15 @@ def wavy_image(tag, h, w):
     ("identityformer_s12", 224, 224, [-0.917191, -1.247397, 0.017095, 1.941384, -1.34377, 1.224354,
                                       -0.164712, 0.18782]),
     ("convformer_s18", 224, 224, [-1.356935, -0.833447, -0.32864, 0.155616, 0.864819, 1.303084,
-                                  -2.309259, -0.571516])])
+                                  -2.309259, -0.571516]),
+    # of timm 1.0.31: deit_tiny_patch16_224, vit_small_patch32_224 and mixer_s32_224, the last two
+    # with pixel means of 0.5
+    ("vit_ti", 224, 224, [-0.216885, 0.888867, 0.465954, 0.009105, 0.323692, -0.021013, -0.160617,
+                          -0.469488]),
+    ("vit_s32", 224, 224, [1.811739, -0.467935, -0.761132, -0.309904, 0.617345, -0.87156, -0.635296,
+                           -0.361509]),
+    ("mixer_s32", 224, 224, [0.432672, 0.115348, -0.067186, 0.696649, 0.715103, 0.101811, 0.224383,
+                             0.004206])])
 def test_metaformers_compute_what_the_official_ones_do(name, h, w, official):
     model = named_metaformer(name)
     tag = "metaformer" if model.cfg.family == "baselines" else "poolformer"
@@ -1742,7 +1805,7 @@ def test_norms_of_the_families_differ_in_eps_and_bias(family, eps):
 @pytest.mark.parametrize("name", [
     "poolformer_s12", "poolformer_s12_layernorm", "poolformer_s12_ppaa", "poolformer_s12_ppff",
     "poolformer_s12_conv", "poolformerv2_s12", "randformer_s12", "convformer_s18", "caformer_s18",
-    "vit_ti", "mixer_s16"])
+    "vit_ti", "mixer_s16", "vit_tiny64", "mixer_tiny64"])
 def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     torch.manual_seed(0)
     model = build_model(name, image_size=128, layer_scale=0.5 if "s12" in name else 0.0,
@@ -1766,7 +1829,10 @@ def test_an_image_gives_the_same_features_whatever_it_is_batched_with(name):
     ("poolformer_s12_ppaa", 16_535_592, 2_549_151_744),
     ("poolformer_s12_ppff", 12_150_474, 1_888_484_352),
     ("randformer_s12", 11_891_712, 1_888_484_352), ("caformer_b36", 98_753_614, 23_160_476_160),
-    ("vit_s", 22_050_664, 4_598_882_304), ("mixer_b16", 59_880_472, 12_601_767_936),
+    ("vit_s", 22_050_664, 4_598_882_304), ("vit_l16", 304_326_632, 61_554_712_576),
+    ("mixer_s32", 19_104_624, 1_002_426_368), ("mixer_s16", 18_528_264, 3_776_958_464),
+    ("mixer_b32", 60_293_428, 3_237_722_112), ("mixer_b16", 59_880_472, 12_601_767_936),
+    ("mixer_l32", 206_939_264, 11_253_293_056), ("mixer_l16", 208_196_168, 44_547_678_208),
     ("resnet18", 11_689_512, 1_814_073_344), ("resnet50", 25_557_032, 4_089_184_256)])
 def test_sizes_are_the_official_ones(name, params, macs):
     assert [ways[""] for ways in bench.count_sizes(name)] == [params, macs]
@@ -1776,9 +1842,10 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
            "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
            "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16",
-           "resnet18", "resnet34", "resnet50"]
-    resnets = {"resnet18", "resnet34", "resnet50"}
-    assert bench.PUBLISHED.keys() - resnets == METAFORMERS.keys() - {"metaformer_tiny"}
+           "mixer_l16", "resnet18", "resnet34", "resnet50"]
+    resnets, own = {"resnet18", "resnet34", "resnet50"}, {"metaformer_tiny", "vit_tiny64",
+                                                          "mixer_tiny64"}
+    assert bench.PUBLISHED.keys() - resnets == METAFORMERS.keys() - own
     monkeypatch.setattr(bench, "PUBLISHED", {name: bench.PUBLISHED[name] for name in few})
     bench.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
@@ -1786,7 +1853,8 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     notes = {row[0]: words & set(row) for row in rows}
     assert list(notes) == few and {name: note for name, note in notes.items() if note} == {
         "poolformer_s36": {"no LayerScale"}, "poolformer_m48": {"no LayerScale", "with norms"},
-        "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"}}
+        "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"},
+        "mixer_l16": {"DIFFERS"}}
 
 
 @pytest.mark.parametrize("options, words", [
@@ -1798,7 +1866,9 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     (dict(mixers="attention", head_size=48), "--head_size 48"),
     (dict(positions=True), "--positions"), (dict(drop_path=1.0), "--drop_path 1.0"),
     (dict(out_stages="0,5"), "--out_stages 0,5"), (dict(num_classes=0), "--num_classes 0"),
-    (dict(layer_scale=-1.0), "--layer_scale -1")])
+    (dict(layer_scale=-1.0), "--layer_scale -1"), (dict(pixel_norm="none"), "imagenet, half"),
+    (dict(patch_size=0), "--patch_size 0"),
+    (dict(family="isotropic", depths="1", widths="8", patch_size=256), "--patch_size 256 is more")])
 def test_impossible_metaformers_are_errors_that_name_the_option(options, words):
     refused(words, build_model, "poolformer_s12", **options)
 
@@ -1862,6 +1932,17 @@ def test_weights_of_other_blocks_of_the_same_shapes_are_refused():
     refused(f"{words}, mixers {four} in the file, pool,pool,pool,pool in the model", load_weights,
             build_model("detr_tiny", backbone="metaformer_tiny"), source)
     refused(f"{words}$", load_weights, build_model("metaformer_tiny"), source, strict=False)
+    refused("pixel_norm imagenet in the file, half in the model", load_weights, build_model(
+        "metaformer_tiny", mixers=four, activation="relu", pixel_norm="half"), source)
+
+
+def test_a_mixers_file_of_no_square_is_an_error_that_names_the_tensors():
+    model = build_model("mixer_tiny64", depths="1")
+    file = {theirs: torch.zeros(shape) for theirs, (_, shape) in official_tensors(model).items()}
+    assert load_weights(model, file) == []
+    file["blocks.0.mlp_tokens.fc1.weight"] = torch.zeros(64, 60)
+    refused(r"1 tensor\(s\) differ.*\n.*w1: \(64, 60\) in the file, \(64, 8, 8\)", load_weights,
+            model, file)
 
 
 def test_class_logits_are_float32_under_autocast():
@@ -3848,7 +3929,12 @@ def test_class_weights_by_hand():
     ("--schedule step --decay_share 0.2", ["no effect here: --decay_share (needs"]),
     ("--schedule trapezoid --decay_share 1.5", ["--decay_share 1.5 must be over 0 and at most 1"]),
     ("--scenes twin", ["--scenes twin is unknown, did you mean twins?"]),
-    ("--model metaformer_tiny --scenes twins", ["no effect here: --scenes (needs"]),
+    ("--model metaformer_tiny --scenes dots",
+     ["--scenes dots is not for metaformer_tiny, use one of: plain, twins, count"]),
+    ("--scenes count", ["--scenes count is not for", "plain, twins, dots"]),
+    ("--model vit_ti --data x --scenes twins", ["no effect here: --scenes (needs"]),
+    ("--model metaformer_tiny --patch_size 8", ["no effect here: --patch_size (needs"]),
+    ("--model vit_tiny64 --image_size 7", ["--patch_size 8 is more than --image_size 7"]),
     ("--positions somewhere", ["--positions somewhere", "layers, input, none"]),
     ("--model metaformer_tiny --positions input", ["--positions 'input'", "bool"]),
     ("--schedule cosine --lr 1e-3 --min_lr 1", ["no effect here: --min_lr (needs"]),
@@ -3896,6 +3982,13 @@ def test_scenes_other_than_the_plain_ones_are_larger_images():
     cfg = train.make_configs(dict(scenes="twins", train_shapes=20, val_shapes=2))[2]
     train_set = data.build_dataset(cfg, "train")
     assert train_set.classes == ["single", "twin"] and train_set[0][0].shape == (3, 96, 96)
+
+    # those of classifiers are not; positions are as many as an image has patches
+    for side, given in ((64, {}), (96, dict(image_size=96))):
+        given = dict(model="vit_tiny64", scenes="count", train_shapes=5, **given)
+        model_cfg, _, cfg = train.make_configs(given)
+        assert data.build_dataset(cfg, "train")[0][0].shape == (3, side, side)
+        assert build_model(model_cfg).pos_embed.shape == (1, 1 + (side // 8)**2, 96)
 
 
 @pytest.mark.parametrize("words, advice", [
@@ -6241,6 +6334,41 @@ def test_study_runs_what_is_missing_reports_what_fails_and_writes_its_tables(cap
     assert re.search("attention +1 of 1 done  0:00:0", capsys.readouterr().out)
     job, = study.make_jobs(["S1"], study_args(*words[1:words.index("--")], "--", "--lr", 1))[:1]
     assert not study.finished(job)                                    # with other options
+
+
+def test_study_ablates_a_classifier_beside_the_published_top_1(capsys, monkeypatch):
+    flags = study.PARTS["T5"].groups["ablation"]
+    assert len(flags) == 18 and flags["T5-nomlp"].endswith("--no-channel_mlp")
+    assert flags["T5-ppaa"].endswith("--mixers pool,pool,attention,attention --norm layer "
+                                     "--positions")                  # crop_fraction is ImageNet's
+    published = {arm: study.published_top1(arm) for arm in flags}
+    assert [published[f"T5-{name}"] for name in ("pool", "pool9", "nonorm", "ppff")] == [
+        77.2, 76.8, 46.1, 77.9]
+
+    three = {arm: flags[arm] for arm in ("T5-pool", "T5-identity", "T5-noresidual")}
+    part = study.Part("Why?", {"ablation": three}, score="top1")
+    monkeypatch.setattr(study, "PARTS", {"T5": part})
+    tops = iter(("50", "41.6", "16.6"))
+
+    def no_run(job):                                                 # writes what train.py would
+        job.folder.mkdir(parents=True)
+        record = {"epoch": 0, "n_parameters": 7, "train_loss": 1.5, "train_class_error": 70.0,
+                  "test_acc1": float(next(tops)), "test_acc5": 100.0}
+        (job.folder / "log.txt").write_text(json.dumps(record))
+        (job.folder / "steps.txt").write_text(json.dumps({"step": 3}))
+        (job.folder / "commits.txt").write_text("abc")
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(study, "start", no_run)
+    study.main(["T5", *TINY_STUDY])
+    out = capsys.readouterr().out
+    assert "| `T5-pool` | 1 | 0.500 |  | 77.2 | 7 | 0 |" in out
+    assert "| `T5-identity` | 1 | 0.416 | -0.084 (one seed: no interval) | 74.3 | 7 | 0 |" in out
+    assert "runs/T5-noresidual_s1: top1 0.166" in out and "| 3 | 1.0 |" in out
+    results = json.load(open("assets/study.json"))
+    assert results["runs"]["T5-pool"]["1"]["curves"] == {
+        "epoch": [1], "top1": [0.5], "loss": [1.5], "class_error": [70]}
+    assert results["T5"]["order"] == [{"arms": 3, "rank correlation": pytest.approx(1)}]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
