@@ -18,7 +18,8 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice"    # classes, boxes; the last two with --masks
+# classes, boxes; masks; a classifier's teacher
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"
 
 
 @dataclass(frozen=True)
