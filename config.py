@@ -255,7 +255,7 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
                          loss_cfg.soft_loss_coef + loss_cfg.imitation_loss_coef),
              "soft_loss_coef": ("--teacher", cfg.teacher),
              "temperature": ("--teacher, and --soft_loss_coef over 0",
-                             cfg.teacher and loss_cfg.soft_loss_coef),
+                             classifier and cfg.teacher and loss_cfg.soft_loss_coef),
              "imitation_loss_coef": ("--teacher and no --freeze", cfg.teacher and not cfg.freeze),
              **{name: ("--masks", getattr(model_cfg, "masks", False))
                 for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
