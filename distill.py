@@ -1,16 +1,16 @@
-"""A classifier that learns from another one, and the fusing of its mixers when it has learned:
-RIFormer (arXiv:2304.05659), whose blocks mix nothing and follow a teacher whose blocks do.
+"""A classifier learns from another one; then its mixers become parts of the norms before them.
 
-    python train.py --model metaformer_tiny --mixers attention --output_dir out/teacher
+    python train.py --model metaformer_tiny --mixers pool --output_dir out/teacher
     python train.py --model metaformer_tiny --mixers affine --output_dir out/student \\
         --teacher out/teacher/best.pt --finetune out/teacher/best.pt --imitation_loss_coef 1
-    python distill.py out/student/best.pt --out fused.pt    # affine mixers into the norms
+    python distill.py out/student/best.pt --out fused.pt
 
-From the paper: the teacher's soft labels, its advice to leave out the true ones
-(--soft_loss_coef 1), to imitate the teacher's mixers and blocks in a few layers, and to start from
-its weights (--finetune). The paper's training code is not public: that these layers are the last
-block of each stage, the distance is a mean square, and one teacher gives both, are choices of this
-file, and so are the defaults. Their temperature is DeiT's for such labels (arXiv:2012.12877).
+This is how RIFormer (arXiv:2304.05659) is trained, whose blocks mix nothing: from the soft labels
+of a teacher, by the paper's advice without the true ones (--soft_loss_coef 1), from its weights
+(--finetune), and so that in a few layers mixers and blocks give what the teacher's do. The authors'
+training code is not public. Choices of this file are the layers (the last block of each stage), the
+mean squared distance, one teacher for labels and layers, and the defaults; --temperature 3 is that
+of DeiT's comparison (arXiv:2012.12877).
 """
 
 import argparse
@@ -73,6 +73,9 @@ def with_teacher(run):
     """The task of a classifier's run, with the losses that its --teacher adds. Raises UserError."""
     path, imitates = run.cfg.teacher, run.loss_cfg.imitation_loss_coef > 0
     teacher = load_teacher(path, run.train_loader.dataset.classes)
+    if teacher.max_side_of_stage and run.cfg.image_size > teacher.cfg.image_size:
+        raise UserError(f"--teacher {path} takes images of at most {teacher.cfg.image_size} "
+                        f"pixels, --image_size is {run.cfg.image_size}")
     teacher.to(run.device, memory_format=torch.channels_last)
     if imitates:
         check_alike(path, teacher, run.raw_model)

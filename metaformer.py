@@ -2,6 +2,7 @@
 
     model = MetaFormer(METAFORMERS["poolformer_s12"])
     logits = model(images, valid)                # uint8 (B, 3, IH, IW), bool (B, IH, IW) or None
+    fuse(MetaFormer(METAFORMERS["riformer_s12"]))           # its mixers become parts of the norms
 
 Inside, x are the tokens (B, N, C) of a grid (H, W), and valid (B, N) or None, as in mixers.py.
 Papers: MetaFormer, arXiv:2111.11418 and arXiv:2210.13452; ViT, arXiv:2010.11929; DeiT,

@@ -4914,6 +4914,7 @@ def test_a_student_starts_from_its_teachers_weights_but_for_the_mixers():
 
 @pytest.mark.parametrize("options, words", [
     (dict(), ""), (dict(num_classes=5), "classes rectangle.* must be the same"),
+    (dict(mixers="mlp", image_size=16), "takes images of at most 16 pixels, --image_size is 32"),
     (dict(widths="8,8,8,16"), "8,8,8,16, this model 8,8,8,8")])
 def test_a_teacher_that_does_not_fit_is_refused_in_a_line(options, words):
     teacher_file(**{"widths": "8,8,8,8", **options})
