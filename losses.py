@@ -18,8 +18,7 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-# classes, boxes; masks; a classifier's teacher
-LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"     # --masks; --teacher
 
 
 @dataclass(frozen=True)
