@@ -634,7 +634,10 @@ def bench_evaluator(args):
 PUBLISHED = {
     "poolformer_s12": "11.9 1.8 77.2",              "poolformer_s24": "21.4 3.4 80.3",
     "poolformer_s36": "30.8 5.0 81.4",              "poolformer_m36": "56.1 8.8 82.1",
-    "poolformer_m48": "73.4 11.6 82.5",             "poolformer_s12_identity": "11.9 1.8 74.3",
+    "poolformer_m48": "73.4 11.6 82.5",             "riformer_s12": "12 1.8 76.9",
+    "riformer_s24": "21 3.4 80.3",                  "riformer_s36": "31 5.0 81.3",
+    "riformer_m36": "56 8.8 82.6",                  "riformer_m48": "73 11.6 82.8",
+    "poolformer_s12_identity": "11.9 1.8 74.3",
     "poolformer_s12_random": "11.9 3.3 75.8",       "poolformer_s12_conv": "11.9 1.8 78.1",
     "poolformer_s12_pool5": "11.9 1.8 77.2",        "poolformer_s12_pool7": "11.9 1.8 77.1",
     "poolformer_s12_pool9": "11.9 1.8 76.8",        "poolformer_s12_layernorm": "11.9 1.8 76.5",
@@ -700,6 +703,7 @@ def count_sizes(name):
             module.register_forward_hook(lambda m, args, y: norms.append(5 * y.numel()))
     macs = count_flops(lambda: model(images)) // 2
     return ({"": sum(named.values()),
+             "fused": sum(n for k, n in named.items() if ".affine." not in k),
              "no LayerScale": sum(n for k, n in named.items() if "layer_scale" not in k)},
             {"": macs, "with norms": macs + sum(norms)})
 

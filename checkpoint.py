@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 import urllib.error
@@ -88,6 +89,11 @@ def read_checkpoint(path):
                         f"({type(error).__name__})") from None
 
 
+def weights_of(file):
+    """The state dict of a checkpoint, as the official files ("model") or mmpretrain's hold it."""
+    return file.get("model", file.get("state_dict", file)) if isinstance(file, dict) else file
+
+
 def official_classes(K):
     """The names of the K outputs of an official DETR's file, by category id."""
     if K == len(COCO_CLASSES):
@@ -100,8 +106,9 @@ def official_classes(K):
 def official_fields(path, state, dilation):
     """The fields of the ModelConfig of an official DETR's file, from its tensors' names and shapes;
     DC5 from the file's name or `dilation`."""
-    weights = state.get("model", state) if isinstance(state, dict) else {}
-    weights = {k.removeprefix("detr."): v for k, v in weights.items()}
+    weights = weights_of(state)
+    weights = {k.removeprefix("detr."): v for k, v in weights.items()} if isinstance(
+        weights, dict) else {}
     demo = "query_pos" in weights                                    # see detr_demo.py
     classes, queries, body = (("linear_class.bias", "query_pos", "backbone.") if demo else
                               ("class_embed.bias", "query_embed.weight", "backbone.0.body."))
@@ -140,8 +147,12 @@ def rename_official_keys(state):
     our own state dicts pass unchanged.
 
     Takes the files of PoolFormer, whose list `network` mixes stages, strided convolutions and
-    positions; of the baselines; of DeiT; and timm's of ViT and MLP-Mixer, saved by torch.
+    positions; of the baselines; of RIFormer, by mmpretrain; of DeiT; and timm's of ViT and
+    MLP-Mixer, saved by torch.
     """
+    if "backbone.patch_embed.proj.weight" in state:                  # mmpretrain's names
+        state = {key.removeprefix("backbone.").replace("norm6.", "norm.").replace(
+            "head.fc.", "head."): v for key, v in state.items()}
     renames = {"patch_embed.proj.": "downsample_layers.0.conv.", "blocks.": "stages.0.",
                "stem.proj.": "downsample_layers.0.conv.", "mlp_channels.": "mlp.",
                "mlp_tokens.fc1.weight": "token_mixer.w1", "mlp_tokens.fc1.bias": "token_mixer.b1",
@@ -180,6 +191,20 @@ def rename_official_keys(state):
     return renamed
 
 
+def take_fused(state, cfg):
+    """Renames the norms of a fused RIFormer file, norm_reparam, to norm1 in blocks with the mixer
+    identity; in one with affine the scale 2 and the shift 0 make it the identity: 2 z + 0 - z."""
+    for key in list(state):
+        match = re.fullmatch(r"stages\.([0-3])\.(\d+)\.norm_reparam\.(weight|bias)", key)
+        mixer = cfg.stages[int(match[1])][2] if match and cfg.family == "poolformer" else ""
+        if mixer in ("affine", "identity"):        # another one does not fit
+            block, leaf = f"stages.{match[1]}.{match[2]}", match[3]
+            v = state[f"{block}.norm1.{leaf}"] = state.pop(key)
+            if mixer == "affine":
+                state[f"{block}.token_mixer.affine.{leaf}"] = (
+                    v.new_full((len(v), 1, 1, 1), 2.0) if leaf == "weight" else v.new_zeros(len(v)))
+
+
 def check_same_blocks(name, config, cfg, strict):
     """Raises UserError if the checkpoint's model, whose config is a dict, differs from cfg in
     something that tensor shapes cannot reveal (pool or identity, the activation, ...). Not strict:
@@ -201,9 +226,9 @@ def load_weights(model, source, strict=True):
     """Copies the tensors of a checkpoint into `model`; every one is accounted for.
 
     source: a path, a URL or a state dict: a checkpoint of ours, an officially released DETR,
-    PoolFormer, MetaFormer-baselines or DeiT file, or timm's of a ViT or MLP-Mixer (all go into the
-    whole model), or a classifier for a DETR's backbone: a torchvision ResNet file, a MetaFormer of
-    ours or a released one.
+    PoolFormer, RIFormer, MetaFormer-baselines or DeiT file, or timm's of a ViT or MLP-Mixer (all go
+    into the whole model), or a classifier for a DETR's backbone: a torchvision ResNet file, a
+    MetaFormer of ours or a released one.
     strict=False, for fine-tuning, lets the class head, the mask head and the mixers differ, which
     then stay as initialised. Returns one line for each tensor that was not taken from or not found
     in the file. Raises UserError that names the tensors that do not fit.
@@ -211,7 +236,7 @@ def load_weights(model, source, strict=True):
     from_file = isinstance(source, (str, os.PathLike))
     name = str(source) if from_file else "the state dict"
     file = read_checkpoint(source) if from_file else source
-    state = file.get("model", file) if isinstance(file, dict) else file
+    state = weights_of(file)
     if not isinstance(state, dict) or not state or not all(
             isinstance(k, str) and getattr(v, "layout", None) == torch.strided
             for k, v in state.items()):
@@ -224,6 +249,7 @@ def load_weights(model, source, strict=True):
         target = model.backbone if model.cfg.demo else model.backbone[0].body
     if isinstance(target, MetaFormer):
         state = rename_official_keys(state)
+        take_fused(state, target.cfg)
         config = upgraded(file).get("model_config", {})
         if "depths" in config:
             check_same_blocks(name, config, target.cfg, strict)
@@ -273,6 +299,11 @@ def expected_differences(target, model):
     return tuple(ignored), ("norm0.", "norm2.", "norm4.", "norm6.")
 
 
+# the last part of their names in mmpretrain
+RIFORMER_FILES = {"s12": "6741ce71", "s24": "fdab072a", "s36": "fdfcd3b0", "m36": "2fcb9d9b",
+                  "m48": "2b9d1abf"}
+
+
 def published_url(name):
     """Where ImageNet weights of a backbone are published; "" if they are not."""
     if name in RESNETS:
@@ -280,6 +311,10 @@ def published_url(name):
     if name not in METAFORMERS or name == "metaformer_tiny":
         return ""
     family, _, ablation = name.partition("_s12_")
+    if family.startswith("riformer_"):
+        size = name.removeprefix("riformer_")
+        return (f"https://download.openmmlab.com/mmclassification/v1/riformer/riformer-{size}_"
+                f"32xb128_in1k_20230406-{RIFORMER_FILES[size]}.pth")
     if METAFORMERS[name].family == "baselines":
         family = name.split("_")[0]
         return f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth"
@@ -379,7 +414,8 @@ def check_output_dir(cfg, model):
                             f"another") from None
     names = "ckpt.pt", "best.pt", "log.txt", "steps.txt", "first_batch.jpg", "predictions.jpg"
     for name in names:
-        check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights)
+        check_output("--output_dir", os.path.join(out, name), cfg.finetune, cfg.backbone_weights,
+                     cfg.teacher)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (sum(v.numel() for v in model.state_dict().values()) + 2 * trained)
     ours = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")]

@@ -345,11 +345,24 @@ class ClassLossConfig:
     smoothing: Annotated[float, "share of a target spread evenly over the classes", 0] = 0.1
     mixup: Annotated[float, "parameter of mixup's beta distribution, 0 for none", 0] = 0.8
     cutmix: Annotated[float, "parameter of CutMix's beta distribution, 0 for none", 0] = 1.0
+    soft_loss_coef: Annotated[float, "weight of a --teacher's labels; the true ones have 1 minus "
+                                     "it", 0] = 0.5
+    temperature: Annotated[float, "divides the logits of teacher and student", 0] = 3.0
+    imitation_loss_coef: Annotated[float, "weight of the distance between the teacher's blocks and "
+                                          "these, see distill.py", 0] = 0.0
 
     def __post_init__(self):
         check_options(self)
         if self.smoothing >= 1:
             raise UserError(f"--smoothing {self.smoothing} must be below 1")
+        if self.soft_loss_coef > 1 or not self.temperature:
+            raise UserError(f"--soft_loss_coef {self.soft_loss_coef} must be at most 1, and "
+                            f"--temperature {self.temperature} over 0")
+
+    @property
+    def ce_loss_coef(self):
+        """Weight of the true labels beside a teacher's."""
+        return 1 - self.soft_loss_coef
 
 
 def classification_loss(logits, targets, smoothing=0.0, normalizers=None, class_weights=None):
@@ -370,12 +383,17 @@ def classification_loss(logits, targets, smoothing=0.0, normalizers=None, class_
     return {"loss": loss / images, "class_error": 100 * wrong / images}
 
 
-def classification_losses(run, images, valid, targets, normalizers, global_step):
-    """The losses of a micro-batch, whose images are mixed by the run's seed and global_step."""
+def mixed_batch(run, images, targets, global_step):
+    """mixup_or_cutmix of a micro-batch by the run's options, its seed and global_step."""
     labels = torch.cat([t["labels"] for t in targets]).to(images.device)
     rng = random.Random(f"{run.cfg.seed} {global_step}")
-    images, shares = mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng,
-                                     run.loss_cfg.mixup, run.loss_cfg.cutmix)
+    return mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng, run.loss_cfg.mixup,
+                           run.loss_cfg.cutmix)
+
+
+def classification_losses(run, images, valid, targets, normalizers, global_step):
+    """The losses of a micro-batch."""
+    images, shares = mixed_batch(run, images, targets, global_step)
     return classification_loss(run.model(images, valid), shares, run.loss_cfg.smoothing,
                                normalizers, run.class_weights)
 

@@ -65,6 +65,7 @@ class TrainConfig:
     backbone_weights: Annotated[str, "imagenet (fetched), a file or URL, or none"] = "imagenet"
     finetune: Annotated[str, "start from the weights of this checkpoint, as far as they fit"] = ""
     frozen_weights: Annotated[str, "trains the mask head alone on this model's detector"] = ""
+    teacher: Annotated[str, "classifiers: learn from this checkpoint, too, see distill.py"] = ""
     freeze: Annotated[str, "parts to keep as they are: backbone,encoder,decoder,heads"] = ""
     class_weights: Annotated[str, "of the loss: balanced, or a JSON file {class: weight}"] = ""
     resume: Annotated[str, "continue this checkpoint with the options given now"] = ""
@@ -293,6 +294,12 @@ def check_effects(given, model_cfg, loss_cfg, cfg):
              "scenes": ("the built-in data", built_in),
              "patch_size": ("--family isotropic",
                             classifier and model_cfg.family == "isotropic"),
+             "teacher": ("a classifier, and a coefficient over 0", classifier and
+                         loss_cfg.soft_loss_coef + loss_cfg.imitation_loss_coef),
+             "soft_loss_coef": ("--teacher", cfg.teacher),
+             "temperature": ("--teacher, and --soft_loss_coef over 0",
+                             classifier and cfg.teacher and loss_cfg.soft_loss_coef),
+             "imitation_loss_coef": ("--teacher and no --freeze", cfg.teacher and not cfg.freeze),
              **{name: ("--masks", getattr(model_cfg, "masks", False))
                 for name in ("frozen_weights", "mask_loss_coef", "dice_loss_coef")}}
     idle = [f"--{name} (needs {need})" for name, (need, met) in needs.items()

@@ -14,7 +14,7 @@ import torch
 from coco_eval import UserError, UserFileError, read_json
 from metaformer import METAFORMERS, MetaFormer, MetaFormerConfig
 from checkpoint import (MASK_PARTS, config_of, load_backbone, load_weights, official_classes,
-                        official_fields, read_checkpoint, read_run, upgraded)
+                        official_fields, read_checkpoint, read_run, upgraded, weights_of)
 from model import ModelConfig
 
 
@@ -30,7 +30,7 @@ CLASSIFIER_OPTIONS = ("family", "depths", "widths", "norm", "activation", "resid
 def file_options(path, file):
     """(options of the model, class names or None) that a checkpoint holds; ({}, None) of a file
     that does not say, such as a released classifier's, or holds no weights. Raises UserError."""
-    weights = file.get("model", file) if isinstance(file, dict) else None
+    weights = weights_of(file)
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         return {}, None                            # load_weights says so
@@ -150,7 +150,7 @@ def load_finetune(model, path, classes):
     lines, both_detect = [], hasattr(model, "transformer") and "num_queries" in options
     try:
         if options and (both_detect or isinstance(model, MetaFormer)):
-            own, state = model.state_dict(), file.get("model", file)
+            own, state = model.state_dict(), weights_of(file)
             state = {key.removeprefix("detr."): value for key, value in state.items()}
             lines = [*keep_queries(own, state), *keep_classes(own, state, classes, their_classes),
                      *keep_positions(own, state)]

@@ -18,7 +18,7 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice"    # classes, boxes; the last two with --masks
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"     # --masks; --teacher
 
 
 @dataclass(frozen=True)

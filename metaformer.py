@@ -2,10 +2,11 @@
 
     model = MetaFormer(METAFORMERS["poolformer_s12"])
     logits = model(images, valid)                # uint8 (B, 3, IH, IW), bool (B, IH, IW) or None
+    fuse(MetaFormer(METAFORMERS["riformer_s12"]))           # its mixers become parts of the norms
 
 Inside, x are the tokens (B, N, C) of a grid (H, W), and valid (B, N) or None, as in mixers.py.
 Papers: MetaFormer, arXiv:2111.11418 and arXiv:2210.13452; ViT, arXiv:2010.11929; DeiT,
-arXiv:2012.12877; MLP-Mixer, arXiv:2105.01601.
+arXiv:2012.12877; MLP-Mixer, arXiv:2105.01601; RIFormer, arXiv:2304.05659.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from coco_eval import UserError
 from options import check_options
 from images import PIXEL_MEAN, PIXEL_STD
-from mixers import MIXERS, MixerConfig, StarReLU, to_grid
+from mixers import MIXERS, AffineMixer, IdentityMixer, MixerConfig, StarReLU, to_grid
 from resnet import Normalise, SyncedBatchNorm2d
 
 
@@ -440,6 +441,46 @@ class MetaFormerBackbone(MetaFormer):
         return *last, *(x for x, _ in before)
 
 
+def fuse(model):
+    """Makes the affine mixers of a model parts of the norms before them, in place; returns it.
+
+    The mixer gives s * z + b - z for a normed token z = gamma * n + beta. A norm with the weight
+    gamma * (s - 1) and the bias beta * (s - 1) + b gives the same, and the mixer becomes the
+    identity, in model.cfg, too (arXiv:2304.05659). Takes classifiers, and DETRs with pre_norm.
+    Raises UserError, with the model unchanged, where no norm before a mixer can take it over.
+    """
+    blocks = []                                    # with the name of their mixer
+    for block in model.modules():
+        name = "token_mixer" if hasattr(block, "token_mixer") else "self_attn"
+        if isinstance(getattr(block, name, None), AffineMixer):
+            blocks.append((block, name))
+            if not getattr(block, "pre_norm", True):
+                raise UserError("fuse: the layers of this DETR have no norm before the mixer that "
+                                "could take it over: train with --pre_norm")
+            if getattr(block.norm1, "bias", None) is None:
+                raise UserError("fuse: the norms before the mixers have no weight and bias that "
+                                "could take them over (--norm none, --family baselines)")
+    if not blocks:
+        raise UserError("fuse: the model has no affine mixer")
+
+    for block, name in blocks:
+        affine = getattr(block, name).affine
+        scale = affine.weight.flatten() - 1
+        with torch.no_grad():
+            block.norm1.weight.mul_(scale)
+            block.norm1.bias.mul_(scale).add_(affine.bias)
+        setattr(block, name, IdentityMixer(None))
+
+    # the configs of the model and of a DETR's backbone
+    for module in model.modules():
+        options = vars(module.cfg) if hasattr(module, "cfg") else {}
+        changed = {name: value.replace("affine", "identity") for name, value in options.items()
+                   if name in ("mixers", "mixer", "encoder_mixer", "decoder_mixer")}
+        if changed:
+            module.cfg = replace(module.cfg, **changed)
+    return model
+
+
 # -- the table of models -------------------------------------------------------------------------
 
 METAFORMERS = {"metaformer_tiny": MetaFormerConfig(                 # for the built-in shapes
@@ -457,6 +498,10 @@ POOLFORMERS = {
     "m48": MetaFormerConfig(depths="8,8,24,8", widths=MEDIUM, layer_scale=1e-6, drop_path=0.4,
                             crop_fraction=0.95)}
 METAFORMERS |= {f"poolformer_{size}": cfg for size, cfg in POOLFORMERS.items()}
+
+# RIFormer: arXiv:2304.05659; stochastic depth of mmpretrain's configurations
+METAFORMERS |= {f"riformer_{size}": replace(cfg, mixers="affine", drop_path=0.1)
+                for size, cfg in POOLFORMERS.items()}
 
 # PoolFormer-S12 with one thing changed: arXiv:2111.11418, Table 5. As in the official code, the
 # hybrids with attention normalise each token by itself.

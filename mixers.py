@@ -123,6 +123,21 @@ class NoneMixer(IdentityMixer):
         return 0 * x                               # not zeros_like: DDP waits for every gradient
 
 
+class AffineMixer(nn.Module):
+    """A scale and a shift of each channel, minus the token: no mixing (RIFormer, arXiv:2304.05659).
+    It starts as the token; fuse() of metaformer.py makes it a part of the norm before it."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.hidden_dim
+        self.affine = nn.Conv2d(C, C, 1, groups=C)                  # the published name and shape
+        nn.init.constant_(self.affine.weight, 2.0)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(self, x, pos, valid, grid):
+        return x * self.affine.weight.flatten() + self.affine.bias - x
+
+
 class ConvMixer(nn.Module):
     """Depthwise 3 x 3 convolution (arXiv:2111.11418, Table 5)."""
 
@@ -238,5 +253,5 @@ class RandomMixer(FixedGridMixer):
 
 
 MIXERS = {"attention": AttentionMixer, "pool": PoolMixer, "avgpool": AvgPoolMixer,
-          "identity": IdentityMixer, "none": NoneMixer, "mlp": MlpMixer, "fc": FcMixer,
-          "random": RandomMixer, "conv": ConvMixer, "sepconv": SepConvMixer}
+          "identity": IdentityMixer, "none": NoneMixer, "affine": AffineMixer, "mlp": MlpMixer,
+          "fc": FcMixer, "random": RandomMixer, "conv": ConvMixer, "sepconv": SepConvMixer}

@@ -141,7 +141,13 @@ def describe_model(run):
     c, name = run.model_cfg, run.cfg.model
     trained = sum(p.numel() for p in run.raw_model.parameters() if p.requires_grad)
     if not hasattr(c, "backbone"):
-        return [f"model    {name}, mixers {c.mixers}, {trained:,d} trained parameters"]
+        lines = [f"model    {name}, mixers {c.mixers}, {trained:,d} trained parameters"]
+        if run.cfg.teacher:
+            loss = run.loss_cfg
+            lines.append(f"teacher  {run.cfg.teacher}: {loss.soft_loss_coef:g} of the loss at "
+                         f"temperature {loss.temperature:g}, imitation "
+                         f"{loss.imitation_loss_coef:g}")
+        return lines
     norm = f", {c.backbone_norm} norm" if c.backbone in RESNETS else ""
     return [f"model    {name}, encoder {c.encoder_mixer or c.mixer}, decoder "
             f"{c.decoder_mixer or c.mixer}, {trained:,d} trained parameters",

@@ -33,6 +33,7 @@ finetune.py                 other weights               -k "finetun or fit or fr
 config.py                   options                     -k "option or flag"
 config.py, data.py          recipes, light augmentation -k "recipe or light or too_few"
 evaluate.py, predict.py     files                       -k "own_coco or overfit or predict"
+distill.py                  RIFormer, fusing, a teacher -k "teacher or fuse or riformer or affine"
 report.py, plot.py          what one sees of a run      -k "validation or constant or curves"
 diagnose.py                 errors, layers, queries     -k "errs or error_costs or confus or slots"
 classification.py           training and evaluation     -k "classifier or class_folders"
@@ -93,6 +94,7 @@ import check_data
 import data
 import model as model_py
 import diagnose
+import distill
 import checkpoint as checkpoint_py
 import config as config_py
 import finetune
@@ -112,7 +114,7 @@ from images import PIXEL_MEAN, PIXEL_STD, draw_boxes, read_image, resized
 from coco_eval import UserError, ap_table, coco_eval, mask_box, mask_edges
 from check_data import check_coco, open_images
 from resnet import FrozenBatchNorm2d, ResNet, conv_norm, memory_format
-from metaformer import METAFORMERS, MetaFormerConfig, token_norm
+from metaformer import METAFORMERS, MetaFormerConfig, fuse, token_norm
 from classification import (RAND_AUGMENT, ClassLossConfig, ImageFolder, ShapesClassification,
                             accuracy_json, accuracy_table, augment_for_classification, center_crop,
                             class_accuracy, class_rows, classification_loss, crop_region,
@@ -1839,7 +1841,8 @@ def test_sizes_are_the_official_ones(name, params, macs):
 
 
 def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, capsys):
-    few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "poolformer_s12_random",
+    few = ["poolformer_s12", "poolformer_s36", "poolformer_m48", "riformer_s12", "riformer_m48",
+           "poolformer_s12_random",
            "poolformer_s12_ppaa", "poolformer_s12_ppff", "identityformer_s12", "randformer_s24",
            "convformer_s18", "caformer_s18", "vit_ti", "vit_b", "mixer_s16", "mixer_b16",
            "mixer_l16", "resnet18", "resnet34", "resnet50"]
@@ -1849,10 +1852,11 @@ def test_published_figures_are_reproduced_but_for_those_marked(monkeypatch, caps
     monkeypatch.setattr(bench, "PUBLISHED", {name: bench.PUBLISHED[name] for name in few})
     bench.print_classifiers()
     rows = [re.split(r"  +", row) for row in capsys.readouterr().out.splitlines()[4:]]
-    words = {"no LayerScale", "with norms", "cut", "DIFFERS"}
+    words = {"no LayerScale", "fused", "with norms", "cut", "DIFFERS"}
     notes = {row[0]: words & set(row) for row in rows}
     assert list(notes) == few and {name: note for name, note in notes.items() if note} == {
         "poolformer_s36": {"no LayerScale"}, "poolformer_m48": {"no LayerScale", "with norms"},
+        "riformer_m48": {"fused", "with norms"},
         "vit_ti": {"cut"}, "vit_b": {"cut"}, "mixer_s16": {"cut"}, "mixer_b16": {"cut", "DIFFERS"},
         "mixer_l16": {"DIFFERS"}}
 
@@ -1985,6 +1989,7 @@ def offline(url, **options):
     ("poolformer_s24", "sail-sg/poolformer/releases/download/v1.0/poolformer_s24.pth.tar"),
     ("poolformer_s12_identity", "poolformer/releases/download/v1.0/metaformer_id_s12.pth"),
     ("caformer_s18", "sail/dl/resolve/main/caformer/caformer_s18.pth"),
+    ("riformer_s12", "openmmlab.com/.*/riformer/riformer-s12_32xb128_in1k_20230406-6741ce71.pth"),
     ("poolformer_s12_relu", "no ImageNet weights are published for poolformer_s12_relu"),
     ("resnet_tiny", "published for resnet_tiny.*none")])
 def test_published_backbone_weights_have_an_address_and_others_none(monkeypatch, name, words):
@@ -2707,6 +2712,8 @@ def rank_job(rank, world, ports, folder):
         counts = train.sum_over_processes(loss_normalizers(parts[0][2], 1)) / world
         saved[mixers] = gradients(model, parts, counts, DistributedDataParallel(model),
                                   ClassLossConfig())
+        saved["taught"] = taught_gradients(parts, counts, DistributedDataParallel,
+                                           f"teacher_{rank}.pt")
     for mixer in MIXERS if world == 2 else ():
         for empty in (False, True):
             model = mixer_model(mixer)
@@ -3953,6 +3960,16 @@ def test_class_weights_by_hand():
     ("--model vit_ti --train_json a --train_images b --val_json c --val_images d",
      ["vit_ti is a classifier", "DIR/train/<class>"]),
     ("--model vit_ti --smoothing 1", ["--smoothing 1"]),
+    ("--teacher a", ["no effect here: --teacher (needs a classifier"]),
+    ("--temperature 2", ["--temperature:", "a detector"]),
+    ("--model vit_ti --soft_loss_coef 1", ["no effect here: --soft_loss_coef (needs --teacher"]),
+    ("--model vit_ti --teacher a --soft_loss_coef 0", ["no effect here: --teacher (needs"]),
+    ("--model vit_ti --teacher a --soft_loss_coef 0 --imitation_loss_coef 1 --temperature 2",
+     ["no effect here: --temperature (needs"]),
+    ("--model vit_ti --teacher a --imitation_loss_coef 1 --freeze backbone",
+     ["no effect here: --imitation_loss_coef (needs"]),
+    ("--model vit_ti --teacher a --soft_loss_coef 1.5", ["--soft_loss_coef 1.5 must be at most 1"]),
+    ("--model vit_ti --teacher a --temperature 0", ["--temperature 0.0 over 0"]),
     ("--model metaformer_tiny --out_stages 4", ["--out_stages"]),
     ("--model metaformer_tiny --depths 1,2", ["--depths 1,2", "4 stage"])])
 def test_a_wrong_option_is_a_usage_error_that_names_it(monkeypatch, capsys, options, words):
@@ -4809,7 +4826,7 @@ def test_warm_up_in_epochs_wins_over_the_presets_steps():
 def test_class_folders_are_trained_on_by_the_papers_recipe():
     given = dict(model="poolformer_s12", data="x")
     _, loss_cfg, cfg = train.make_configs(given)
-    assert asdict(loss_cfg) == dict(smoothing=0.1, mixup=0.8, cutmix=1.0)
+    assert [loss_cfg.smoothing, loss_cfg.mixup, loss_cfg.cutmix] == [0.1, 0.8, 1.0]
     recipe = dict(lr=1e-3, batch_size=1024, epochs=300, warmup_epochs=5, min_lr=1e-5,
                   weight_decay=0.05, clip_max_norm=0.0, image_size=224, augment=True)
     assert {name: getattr(cfg, name) for name in recipe} == recipe
@@ -4821,7 +4838,7 @@ def test_class_folders_are_trained_on_by_the_papers_recipe():
         assert 1e-3 * train.lr_factor(cfg, step, 10) == pytest.approx(rate, rel=1e-4), step
     model_cfg, loss_cfg, cfg = train.make_configs({**given, "overfit": 8})
     assert (cfg.lr, cfg.warmup_epochs, cfg.augment) == (1e-3, 0, False)
-    assert model_cfg.drop_path == 0 and set(asdict(loss_cfg).values()) == {0}
+    assert model_cfg.drop_path == loss_cfg.smoothing == loss_cfg.mixup == loss_cfg.cutmix == 0
 
 
 COLOURS = {"red": (200, 40, 30), "green": (30, 180, 40), "blue": (20, 50, 210)}
@@ -4926,6 +4943,310 @@ def test_the_images_given_are_left_as_they_are():
     mixer_model("pool")(images, torch.zeros(1, 32, 32, dtype=torch.bool).index_fill(
         1, torch.arange(20), True))
     assert (images == 7).all()
+
+
+# -- distill.py: RIFormer, its mixer in the norm, a teacher ---------------------------------------
+
+def test_affine_is_a_scale_and_a_shift_of_each_channel_minus_the_token():
+    mixer, x, _, valid = mixer_case("affine")
+    y = mixer(x, None, valid, (3, 5))
+    for c in range(16):
+        s, b = mixer.affine.weight[c, 0, 0, 0], mixer.affine.bias[c]
+        assert_close(y[..., c], (s * x[..., c] + b) - x[..., c])
+    fresh = MIXERS["affine"](mixer_config())
+    assert torch.equal(fresh(x, None, None, (3, 5)), x)              # under DETR it starts as that
+    affine = build_model("metaformer_tiny", mixers="affine").stages[2][0].token_mixer.affine
+    assert 0 < affine.weight.std() < 0.05 and not affine.bias.any()  # as mmpretrain draws it
+
+
+def riformer_file(depths, widths, K, fused):
+    """mmpretrain's file of a RIFormer: random tensors of its names and shapes."""
+    shapes = {"backbone.patch_embed.proj": [widths[0], 3, 7, 7]}
+    for k, (depth, C) in enumerate(zip(depths, widths)):
+        if k:
+            shapes[f"backbone.network.{2 * k - 1}.proj"] = [C, widths[k - 1], 3, 3]
+        for j in range(depth):
+            block = f"backbone.network.{2 * k}.{j}"
+            mixer = {"norm_reparam": [C]} if fused else {"norm1": [C], "token_mixer.affine":
+                                                         [C, 1, 1, 1]}
+            for name, shape in {**mixer, "norm2": [C], "mlp.fc1": [4 * C, C, 1, 1],
+                                "mlp.fc2": [C, 4 * C, 1, 1]}.items():
+                shapes[f"{block}.{name}"] = shape
+            shapes |= {f"{block}.layer_scale_{i}": [C] for i in (1, 2)}
+    shapes |= {"backbone.norm6": [widths[-1]], "head.fc": [K, widths[-1]]}
+    g, state = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=g) / math.sqrt(math.prod(shape[1:]))
+        if "layer_scale" in name:
+            state[name] = x
+        else:
+            state[f"{name}.weight"], state[f"{name}.bias"] = x, torch.randn(shape[0], generator=g)
+    return state
+
+
+def riformer_by_hand(state, images, depths):
+    """Logits of float images by the tensors of such a file, with torch's own functions."""
+    def conv(name, x, **options):
+        name = f"backbone.{name}"
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
+
+    def norm(name, x):
+        name = f"backbone.{name}"
+        return F.group_norm(x, 1, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    mean, std = (torch.tensor(x)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))
+    x = conv("patch_embed.proj", (images - mean) / std, stride=4, padding=2)
+    for k, depth in enumerate(depths):
+        x = conv(f"network.{2 * k - 1}.proj", x, stride=2, padding=1) if k else x
+        for j in range(depth):
+            block = f"network.{2 * k}.{j}"
+            ls1, ls2 = (state[f"backbone.{block}.layer_scale_{i}"][:, None, None] for i in (1, 2))
+            if f"backbone.{block}.norm_reparam.weight" in state:
+                y = norm(f"{block}.norm_reparam", x)
+            else:
+                z = norm(f"{block}.norm1", x)
+                y = conv(f"{block}.token_mixer.affine", z, groups=z.shape[1]) - z
+            x = x + ls1 * y
+            y = F.gelu(conv(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
+            x = x + ls2 * conv(f"{block}.mlp.fc2", y)
+    x = norm("norm6", x).mean((2, 3))
+    return F.linear(x, state["head.fc.weight"], state["head.fc.bias"])
+
+
+@pytest.mark.parametrize("fused, mixers", [(False, ["affine"]), (True, ["affine", "identity"])])
+def test_published_riformer_files_load_and_give_their_logits(fused, mixers):
+    depths, widths = (1, 2, 1, 1), (8, 16, 24, 32)
+    state = riformer_file(depths, widths, 5, fused)
+    torch.save(dict(meta=dict(epoch=1), state_dict=state), "riformer.pth")
+    images = torch.rand(2, 3, 70, 97) * 255
+    expected = riformer_by_hand(state, images, depths)
+    size = dict(depths="1,2,1,1", widths="8,16,24,32", num_classes=5)
+    for name in mixers:
+        model = build_model("riformer_s12", **size, mixers=name).eval()
+        assert load_weights(model, "riformer.pth") == []
+        assert_close(model(images), expected, atol=2e-5, rtol=1e-4)
+        finetune.load_finetune(model, "riformer.pth", list("abcde"))
+    for name in {"pool", "conv", "affine", "identity"} - set(mixers):
+        refused("riformer.pth does not fit the model", load_weights,
+                build_model("riformer_s12", **size, mixers=name), "riformer.pth")
+    baseline = build_model("poolformerv2_s12", **size, mixers=mixers[0])
+    refused("does not fit the model", load_weights, baseline, "riformer.pth")
+
+
+@pytest.mark.parametrize("size, trained, deployed", [
+    ("s12", 11_921_832, 11_915_176), ("s24", 21_402_280, 21_388_968),
+    ("s36", 30_882_728, 30_862_760), ("m36", 56_199_016, 56_172_520),
+    ("m48", 73_508_776, 73_473_448)])
+def test_a_fused_riformer_has_the_parameters_of_poolformer(size, trained, deployed):
+    with torch.device("meta"):
+        model, pool = build_model(f"riformer_{size}"), build_model(f"poolformer_{size}")
+    assert sum(p.numel() for p in model.parameters()) == trained
+    assert fuse(model) is model
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in pool.state_dict().items()}
+    assert sum(p.numel() for p in model.parameters()) == deployed
+
+
+def randomised(model):
+    """The model with random norms, mixers and scales, in eval mode."""
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if p.requires_grad and ("norm" in name or "affine" in name or "scale" in name):
+            nn.init.normal_(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name, options", [
+    ("metaformer_tiny", dict(mixers="affine")),
+    ("metaformer_tiny", dict(mixers="affine,pool,affine,attention", norm="layer")),
+    ("metaformer_tiny", dict(mixers="affine", norm="batch")),
+    ("detr_tiny", dict(mixer="affine", mixer_scale=0.5)),
+    ("detr_tiny", dict(mixer="affine", decoder_mixer="attention")),
+    ("detr_tiny", dict(decoder_mixer="affine"))])
+def test_a_fused_model_gives_the_same_and_is_what_its_config_says(name, options):
+    model, images = randomised(build_model(name, **options)), tiny_batch()[0]
+    before, parameters = model(images), sum(p.numel() for p in model.parameters())
+    fuse(model)
+    again = build_model(model.cfg).eval()
+    again.load_state_dict(model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert not any("affine" in str(value) for value in asdict(model.cfg).values())
+    for a, b, c in zip(before, model(images), again(images)):
+        assert_close(b, a, atol=2e-6, rtol=2e-6)
+        assert torch.equal(b, c)
+    refused("no affine mixer", fuse, model)                          # any more
+
+
+def test_the_affine_mixers_of_a_detrs_backbone_are_fused_with_its_own():
+    model = randomised(build_model("detr_tiny", mixer="affine", backbone="riformer_s12"))
+    images, valid, _ = tiny_batch()
+    with torch.no_grad():
+        before = model(images, valid)
+        after = fuse(model)(images, valid)
+    assert model.backbone[0].body.cfg.mixers == model.cfg.mixer == "identity"
+    for a, b in zip(before, after):
+        assert_close(b, a, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("detr_tiny", dict(mixer="affine", pre_norm=False), "no norm before the mixer.*--pre_norm"),
+    ("metaformer_tiny", dict(mixers="affine,pool,affine,affine", norm="none"), "--norm none"),
+    ("identityformer_s12", dict(mixers="affine"), "no weight and bias"),
+    ("detr_tiny", {}, "no affine mixer"), ("metaformer_tiny", {}, "no affine mixer")])
+def test_a_model_that_cannot_be_fused_is_refused_and_unchanged(name, options, words):
+    model = build_model(name, **options)
+    before, cfg = copy.deepcopy(model.state_dict()), model.cfg
+    refused(f"^fuse: .*{words}", fuse, model)
+    assert not differing(model.state_dict(), before) and model.cfg is cfg
+
+
+def test_a_fused_checkpoint_is_written_evaluated_and_not_continued(capsys):
+    assert run(*CLASSIFIER, "--mixers", "affine,pool,affine,affine") == 0
+    numbers = evaluate_py("out/best.pt")
+    distill.main(["out/best.pt", "--out", "fused.pt"])
+    assert "fused.pt: 5,406 parameters, out/best.pt has 5,454" in capsys.readouterr().out
+    assert checkpoint("fused.pt")["model_config"]["mixers"] == "identity,pool,identity,identity"
+    assert evaluate_py("fused.pt") == numbers
+    refused("written over", distill.main, ["out/best.pt", "--out", "out/best.pt"])
+    refused("no affine mixer", distill.main, ["fused.pt", "--out", "again.pt"])
+    assert "of another model" in run("--resume", "fused.pt", "--mixers", "affine", "--epochs", 3,
+                                     "--output_dir", "more")
+    assert run(*"""--mixer affine --backbone riformer_s12 --backbone_stage 1 --train_shapes 4
+        --val_shapes 2 --batch_size 4 --image_size 32 --epochs 1 --num_workers 0 --device cpu
+        --output_dir detr""".split()) == 0
+    refused("names its backbone, riformer_s12", distill.main, ["detr/ckpt.pt"])
+
+
+def teacher_file(path="teacher.pt", **options):
+    """A checkpoint of a classifier of shapes with pooling; the model, in eval mode."""
+    torch.manual_seed(5)
+    size = dict(depths="1,1,1,1", widths="32,32,32,32", num_classes=6, layer_scale=0.5)
+    model = build_model("metaformer_tiny", **{**size, **options}).eval()
+    classes = ShapesClassification("val", 1, 32).classes[:model.cfg.num_classes]
+    torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), classes=classes),
+               path)
+    return model
+
+
+TAUGHT = ClassLossConfig(soft_loss_coef=0.3, temperature=2.0, imitation_loss_coef=0.7)
+
+
+def taught_gradients(parts, counts, wrap=lambda model: None, path="teacher.pt"):
+    """What a step with a teacher hands to the optimizer."""
+    teacher_file(path)
+    model = tiny_classifier("affine")
+    job = run_of(model, Recorder(model), wrap(model), TAUGHT, teacher=path, clip_max_norm=0.0)
+    job.train_loader = SimpleNamespace(dataset=ShapesClassification("train", 8, 32))
+    job.task = distill.with_teacher(job)
+    train.train_step(job, parts, counts, 0)
+    return job.optimizer.grads
+
+
+def by_blocks(model, x):
+    """Outputs of the only block of each stage and of its mixer, step by step; x: images."""
+    x, grid, outputs = model.normalise(x, None), x.shape[2:], []
+    x = x.flatten(2).transpose(1, 2)
+    for downsample, (block,) in zip(model.downsample_layers, model.stages):
+        x, _, grid = downsample(x, None, grid)
+        outputs.append(block.token_mixer(block.norm1(x, None), None, None, grid))
+        x = block(x, None, grid)
+        outputs.append(x)
+    return outputs
+
+
+def test_the_loss_with_a_teacher_is_its_formula_however_the_step_is_split(ranks):
+    images, _, targets = eight_shapes()
+    labels = torch.cat([t["labels"] for t in targets])
+    images, mixed = mixup_or_cutmix(images, labels, 6, random.Random("42 0"), 0.8, 1.0)
+    model, teacher = tiny_classifier("affine"), teacher_file()
+    logits, p = model(images), (teacher(images) / 2).softmax(1).detach()
+    hard = -((0.9 * mixed + 0.1 / 6) * logits.log_softmax(1)).sum() / 8
+    soft = 4 * (p * (p.log() - (logits / 2).log_softmax(1))).sum() / 8
+    distances = [(a - b.detach()).square().mean()
+                 for a, b in zip(by_blocks(model, images), by_blocks(teacher, images))]
+    (0.7 * hard + 0.3 * soft + 0.7 * sum(distances) / 8).backward()
+    expected = {k: p.grad for k, p in model.named_parameters()}
+
+    parts = parts_of(eight_shapes(), slice(0, 2), slice(2, 6), slice(6, 8))
+    counts = sum(loss_normalizers(targets, 1) for *_, targets in parts)
+    assert_close_gradients(taught_gradients(parts, counts), expected)
+    for rank in (0, 1):
+        assert_close_gradients(ranks[0][2, rank]["taught"], expected)
+
+
+def test_a_student_of_its_own_teacher_has_nothing_to_learn_from_it():
+    teacher_file(mixers="affine")
+    model, loss_cfg = tiny_classifier("affine"), replace(TAUGHT, soft_loss_coef=1.0)
+    load_weights(model, "teacher.pt")
+    job = run_of(model, None, None, loss_cfg, teacher="teacher.pt")
+    job.train_loader = SimpleNamespace(dataset=ShapesClassification("train", 8, 32))
+    job.task = distill.with_teacher(job)
+    images, valid, targets = eight_shapes()
+    losses = job.task.losses(job, images, valid, targets, loss_normalizers(targets, 1), 0)
+    assert losses["loss"].item() == pytest.approx(0, abs=1e-6) and losses["loss_ce"] > 1
+    assert max(losses[k].item() for k in ("loss_soft", "loss_imitation")) < 1e-6
+
+
+def test_a_run_with_a_teacher_logs_its_losses_and_resumes_bit_for_bit(monkeypatch, capsys):
+    teacher_file(widths="8,8,8,8")
+    options = [*CLASSIFIER, "--mixers", "affine", "--teacher", "teacher.pt",
+               "--imitation_loss_coef", 0.5]
+    assert run(*options) == 0
+    out = capsys.readouterr().out
+    assert "teacher  teacher.pt: 0.5 of the loss at temperature 3, imitation 0.5" in out
+    assert re.search(r"loss \d\.\d+ \(ce \d\.\d+ soft \d\.\d+ imitation \d", out)
+    for r in lines("out/log.txt"):
+        parts = [r[f"train_loss_{name}"] for name in ("ce", "soft", "imitation")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(r["train_loss"], rel=1e-5)
+        assert r["train_loss_ce_unscaled"] == 2 * r["train_loss_ce"]
+        assert not any(name.startswith("test_loss_") for name in r)
+    command = *options, "--output_dir", "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(2, ctrl_c))
+        assert run(*command) == 130
+    assert run(*command) == 0
+    assert_same_run("out", "stopped")
+    os.remove("teacher.pt")
+    assert run("--resume", "out/ckpt.pt", "--epochs", 3) == "error: checkpoint teacher.pt not found"
+    assert run("--resume", "out/ckpt.pt", "--epochs", 3, "--teacher", "") == 0
+    assert "train_loss_soft" not in lines("out/log.txt")[-1]
+
+
+def test_a_student_starts_from_its_teachers_weights_but_for_the_mixers():
+    teacher = teacher_file(widths="8,8,8,8")
+    assert run(*CLASSIFIER, "--mixers", "affine", "--finetune", "teacher.pt", "--teacher",
+               "teacher.pt", "--lr", 1e-9, "--epochs", 1) == 0
+    new, old = checkpoint("out/ckpt.pt")["model"], teacher.state_dict()
+    assert {k.split("token_mixer.")[1] for k in new.keys() - old.keys()} == {"affine.weight",
+                                                                           "affine.bias"}
+    for name in old:
+        assert_close(new[name], old[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(), ""), (dict(num_classes=5), "classes rectangle.* must be the same"),
+    (dict(mixers="mlp", image_size=16), "takes images of at most 16 pixels, --image_size is 32"),
+    (dict(widths="8,8,8,16"), "8,8,8,16, this model 8,8,8,8")])
+def test_a_teacher_that_does_not_fit_is_refused_in_a_line(options, words):
+    teacher_file(**{"widths": "8,8,8,8", **options})
+    command = [*CLASSIFIER, "--epochs", 1, "--teacher", "teacher.pt"]
+    message = run(*command, "--imitation_loss_coef", 1)
+    assert message == 0 if not words else re.search(rf"^error: .*teacher.*{words}", message)
+    if "widths" in options:                                          # its labels fit any student
+        assert run(*command) == 0
+
+
+def test_what_is_no_teacher_is_refused_in_a_line(whole):
+    teacher_file(widths="8,8,8,8")
+    torch.save(checkpoint("teacher.pt")["model"], "weights.pt")
+    torch.save([1], "list.pt")
+    shutil.copy(whole / "best.pt", "detector.pt")
+    for name in ("weights.pt", "list.pt", "detector.pt"):
+        assert run(*CLASSIFIER, "--teacher", name) == (
+            f"error: --teacher {name} is no checkpoint of a classifier by train.py")
+    os.mkdir("out2")
+    os.rename("teacher.pt", "out2/best.pt")
+    assert "written over" in run(*CLASSIFIER, "--teacher", "out2/best.pt", "--output_dir", "out2")
 
 
 # -- report.py and plot.py: what one sees of a run -----------------------------------------------

@@ -42,6 +42,7 @@ from report import (Interval, append_json, banner, catch_signals, classification
                     detection_report, draw_batch, draw_classes, draw_detections, end_workers,
                     epoch_record, explain, hint, ignore_signals, say, say_best,
                     share_in_class_losses, share_in_detection_losses)
+from distill import with_teacher
 from segmentation import (draw_mask_detections, segmentation_losses, segmentation_report,
                           share_in_segmentation_losses)
 
@@ -410,6 +411,8 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
               rank=rank, world=world, device=device, dtype=choose_dtype(cfg, device),
               interrupt=interrupt, lock=lock,
               class_weights=class_weights(cfg.class_weights, train_set))
+    if cfg.teacher:
+        run.task = with_teacher(run)
     if rank == 0:
         check_output_dir(cfg, raw_model)
     say(run, *banner(run), *weight_lines, sep="\n")
