@@ -212,6 +212,20 @@ def refuse(path, faults):
     raise error
 
 
+def check_sets(train_set, val_set):
+    """Raises UserError if a detector cannot be trained on one DetectionDataset and evaluated on the
+    other."""
+    if train_set.crowd.all():
+        raise UserError(f"{train_set.source} has no annotations but crowds, there is nothing to "
+                        f"learn")
+    if len(train_set.classes) > 10_000:            # the evaluator's curves take 2 MB for each 10
+        raise UserError(f"{train_set.source} has {len(train_set.classes)} classes, at most 10,000 "
+                        f"can be trained and evaluated: merge or drop some")
+    if val_set.missing:
+        raise UserError(f"{val_set.source} lacks categories that {train_set.source} has: "
+                        f"{val_set.missing[:20]}; both must list the same ones")
+
+
 def describe_boxes(dataset):
     """Lines on a DetectionDataset: how many boxes are not trained on, and whether they look as if
     they were in another format."""

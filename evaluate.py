@@ -135,8 +135,8 @@ def collect_rows(model, loader, device, dtype, rows_of, losses_of=None):
 
 
 def evaluate_rows(rows, dataset):
-    """The dict of evaluate_columns for detections (D, 7) of all images, sorted by image, and in it
-    "rows", the detections, "classes" and "category_ids"."""
+    """The dict of evaluate_columns for the detections (D, 7) of all images, sorted by image, and in
+    it "rows", these detections, "classes" and "category_ids"."""
     r = rows.numpy()
     found = {"image": r[:, 0].astype(np.int64), "category": r[:, 1].astype(np.int64),
              "score": r[:, 2], "box": r[:, 3:]}
@@ -149,8 +149,9 @@ def evaluate(model, loader, device, dtype=torch.float32, losses_of=None, rows_of
     """The COCO evaluation of a detector on all images, the same at any number of processes.
 
     loader: over an EvalSampler of the data set, collated; each process has its share of the
-    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns evaluate_rows' dict
-    of detection_rows, and in it "losses". For a classifier: evaluate_classifier; with masks also what evaluate_masks adds.
+    batches. dtype: of autocast. losses_of, rows_of: see collect_rows. Returns the dict of
+    evaluate_rows, and in it "losses"; with masks also what evaluate_masks adds; of a classifier
+    that of evaluate_classifier.
     """
     if isinstance(model, MetaFormer):
         return evaluate_classifier(model, loader, device, dtype, losses_of)
@@ -188,26 +189,37 @@ def coco_results(rows, dataset, masks=None):
 def parse_args(argv):
     """The command line as a Namespace."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("checkpoint", help="of train.py, or an officially released file")
-    parser.add_argument("--data", default="",
-                        help="folder in COCO, YOLO or VOC format; classifiers: val/<class>/*.jpg")
-    parser.add_argument("--model", default="", help="of an official classifier's file: its name")
-    parser.add_argument("--val_json", default="", help="COCO instances file of any layout")
-    parser.add_argument("--val_images", default="", help="its image folder")
-    parser.add_argument("--save_json", default="",
-                        help="write the detections in COCO results format")
-    parser.add_argument("--json", default="", help="write all numbers and curves there")
-    parser.add_argument("--image_size", type=int, default=0,
-                        help="shorter side; 0: as in training, 800")
-    parser.add_argument("--max_size", type=int, default=0,
-                        help="longest side; 0: as in training, 1333")
-    parser.add_argument("--boxes", action="store_true", help="the boxes of a model with masks")
-    parser.add_argument("--batch_size", type=int, default=4, help="images of like shape at a time")
-    parser.add_argument("--dilation", action="store_true", help="an official DC5 file, if renamed")
-    parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("checkpoint", help="of train.py, or an officially released file")
+    add("--data", default="",
+        help="folder in COCO, YOLO or VOC format; classifiers: val/<class>/*.jpg")
+    add("--model", default="", help="of an official classifier's file: its name")
+    add("--val_json", default="", help="COCO instances file of any layout")
+    add("--val_images", default="", help="its image folder")
+    add("--save_json", default="", help="write the detections in COCO results format")
+    add("--json", default="", help="write all numbers and curves there")
+    add("--image_size", type=int, default=0, help="shorter side; 0: as in training, 800")
+    add("--max_size", type=int, default=0, help="longest side; 0: as in training, 1333")
+    add("--boxes", action="store_true", help="the boxes of a model with masks")
+    add("--batch_size", type=int, default=4, help="images of like shape at a time")
+    add("--dilation", action="store_true", help="an official DC5 file, if renamed")
+    add("--num_workers", type=int, default=2, help="loader processes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     diagnose.add_flags(parser)
     return parser.parse_args(argv)
+
+
+def measure(model, loader, args):
+    """(result, layers): the dict of evaluate and, with --layers, those after each decoder layer."""
+    layers = []
+    try:
+        if args.layers:                            # of all layers in one pass, masks in another
+            rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
+            layers = evaluate_layers(rows, loader.dataset, model.cfg.dec_layers)
+        again = not layers or loader.dataset.masks
+        return evaluate(model, loader, args.device) if again else layers[-1], layers
+    except UserError as error:
+        raise type(error)(f"{args.checkpoint}: {error}") from None
 
 
 def main(argv=None):
@@ -233,15 +245,7 @@ def main(argv=None):
 
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
-    model, layers = model.to(check_device(args.device)), []
-    try:
-        if args.layers:                              # of all layers in one pass, masks in another
-            rows, _ = collect_rows(model, loader, args.device, torch.float32, layer_rows)
-            layers = evaluate_layers(rows, dataset, c.dec_layers)
-        again = not layers or dataset.masks
-        result = evaluate(model, loader, args.device) if again else layers[-1]
-    except UserError as error:
-        raise type(error)(f"{args.checkpoint}: {error}") from None
+    result, layers = measure(model.to(check_device(args.device)), loader, args)
     more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:
         with writing(args.save_json), open(args.save_json, "w") as file:

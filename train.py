@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from coco_eval import UserError, writing
+from check_data import check_sets
 from metaformer import MetaFormer
 from classification import classification_losses
 from data import EvalSampler, TrainSampler, build_dataset, collate, to_device
@@ -338,15 +339,8 @@ def build_datasets(cfg, model_cfg):
     masks = getattr(model_cfg, "masks", False)                      # of a detector
     train_set = build_dataset(cfg, "train", frozen_classes(cfg), crop_fraction, masks)
     val_set = build_dataset(cfg, "val", train_set.classes, crop_fraction, masks)
-    if cfg.kind == "coco" and train_set.crowd.all():
-        raise UserError(f"{train_set.source} has no annotations but crowds, there is nothing to "
-                        f"learn")
-    if len(train_set.classes) > 10_000:            # the evaluator's curves take 2 MB for each 10
-        raise UserError(f"{train_set.source} has {len(train_set.classes)} classes, at most 10,000 "
-                        f"can be trained and evaluated: merge or drop some")
-    if cfg.kind == "coco" and val_set.missing:
-        raise UserError(f"{val_set.source} lacks categories that {train_set.source} has: "
-                        f"{val_set.missing[:20]}; both must list the same ones")
+    if cfg.kind == "coco":
+        check_sets(train_set, val_set)
     return train_set, val_set
 
 
