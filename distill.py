@@ -13,20 +13,20 @@ mean squared distance, one teacher for labels and layers, and the defaults; --te
 of DeiT's comparison (arXiv:2012.12877).
 """
 
-import argparse
 from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from coco_eval import UserError, check_output, run_command
+from coco_eval import FlagParser, UserError, check_output, run_command
+from resnet import memory_format
 from metaformer import METAFORMERS, MetaFormerConfig, fuse
 from classification import classification_loss, mixed_batch
 from checkpoint import load_weights, read_checkpoint, read_run, save_checkpoint
 from model import build_model
 from finetune import file_options
-from evaluate import load_model
+from load import load_model
 
 
 # -- the teacher ---------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def with_teacher(run):
     if teacher.max_side_of_stage and run.cfg.image_size > teacher.cfg.image_size:
         raise UserError(f"--teacher {path} takes images of at most {teacher.cfg.image_size} "
                         f"pixels, --image_size is {run.cfg.image_size}")
-    teacher.to(run.device, memory_format=torch.channels_last)
+    teacher.to(run.device, memory_format=memory_format(run.device))
     if imitates:
         check_alike(path, teacher, run.raw_model)
     outputs = [keep_outputs(model) if imitates else {} for model in (teacher, run.raw_model)]
@@ -130,8 +130,7 @@ def distillation_losses(teacher, outputs, run, images, valid, targets, normalize
 # -- python distill.py: fusing -------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("checkpoint", help="of train.py, of a model with affine mixers")
     parser.add_argument("--out", default="fused.pt", help="the checkpoint to write")
     args = parser.parse_args(argv)
