@@ -232,6 +232,9 @@ def with_resumed(given):
     if given.get("recipe", recipe) != recipe:
         raise UserError("--resume keeps the options of its checkpoint, which --recipe would not "
                         "replace: give --recipe with --finetune, or without both")
+    if given.get("augment") == "light":            # with_presets then leaves mixing out
+        state["loss_config"] = {name: value for name, value in state["loss_config"].items()
+                                if name not in ("mixup", "cutmix")}
     return {**state["model_config"], **state["loss_config"], **state["train_config"],
             "output_dir": os.path.dirname(given["resume"]) or ".", "finetune": "", **given}
 
@@ -314,7 +317,7 @@ def with_epochs(cfg, images):
     epochs = cfg.epochs
     if cfg.steps:
         passes = OVERFIT_REPEATS if cfg.overfit else 1
-        epochs = max(1, round(cfg.steps / max(1, passes * (images // cfg.batch_size))))
+        epochs = max(1, round(cfg.steps / (passes * max(1, images // cfg.batch_size))))
     return replace(cfg, epochs=epochs, eval_every=cfg.eval_every or max(1, round(epochs / 30)))
 
 
@@ -357,12 +360,16 @@ def check_size(model_cfg):
 
 def check_grid(model_cfg, cfg):
     """Raises UserError if images can have more tokens than a fixed-grid mixer of the encoder takes
-    (the decoder's grid is 1 x Q, whatever the images)."""
-    if not hasattr(MIXERS[model_cfg.encoder_mixer or model_cfg.mixer], "fixed_grid"):
+    (the decoder's grid is 1 x Q, whatever the images), or than learned positions are for."""
+    fixed = hasattr(MIXERS[model_cfg.encoder_mixer or model_cfg.mixer], "fixed_grid")
+    if not fixed and not model_cfg.demo:
         return
     with torch.device("meta"):                                       # allocates nothing
         stride = BACKBONES[model_cfg.backbone](model_cfg).stride
     side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
-    if side > min(model_cfg.grid_rows, model_cfg.grid_cols):
+    if model_cfg.demo and side > 50:
+        raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
+                        f"{stride}, {cfg.model} has positions for 50 x 50: give a smaller one")
+    if fixed and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
                         f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")

@@ -351,9 +351,9 @@ class ShapesDataset(DetectionDataset):
         self.sizes = np.full((n, 2), side)
 
         # the objects of all images in a row: (label, xywh, what is drawn)
-        scenes = [self._scene(i)[2] for i in range(n)]
-        objects = [o for scene in scenes for o in scene]
-        self.offsets = np.cumsum([0] + [len(s) for s in scenes])
+        drawn = [self._scene(i)[2] for i in range(n)]
+        objects = [o for scene in drawn for o in scene]
+        self.offsets = np.cumsum([0] + [len(scene) for scene in drawn])
         self.boxes = np.array([o[1] for o in objects], np.float64)
         self.area = self.boxes[:, 2] * self.boxes[:, 3]
         self.labels = np.array([o[0] for o in objects], np.int64)

@@ -3,7 +3,7 @@
     python train.py --model metaformer_tiny --mixers pool --output_dir out/teacher
     python train.py --model metaformer_tiny --mixers affine --output_dir out/student \\
         --teacher out/teacher/best.pt --finetune out/teacher/best.pt --imitation_loss_coef 1
-    python distill.py out/student/best.pt --out fused.pt
+    python distill.py out/student/best.pt --out fused.pt                # fuses, no more
 
 This is how RIFormer (arXiv:2304.05659) is trained, whose blocks mix nothing: from the soft labels
 of a teacher, by the paper's advice without the true ones (--soft_loss_coef 1), from its weights
@@ -62,11 +62,16 @@ def keep_outputs(model):
 
 def check_alike(path, teacher, student):
     """Raises UserError if outputs of the teacher's blocks have other shapes than the student's."""
-    theirs, ours = ([width for _, width, _ in model.cfg.stages] for model in (teacher, student))
-    if theirs != ours or (teacher.cls_token is None) != (student.cls_token is None):
+    widths, grids = [], []
+    for model in (teacher, student):
+        widths.append([width for _, width, _ in model.cfg.stages])
+        grids.append(model.cfg.patch_size if model.cfg.family == "isotropic" else "pyramid")
+    class_tokens = teacher.cls_token is None, student.cls_token is None
+    if any(theirs != ours for theirs, ours in (widths, grids, class_tokens)):
         raise UserError(f"--imitation_loss_coef needs a teacher with the stages of the student: "
                         f"{path} has --widths {teacher.cfg.widths}, this model "
-                        f"{student.cfg.widths} (and both a class token or neither)")
+                        f"{student.cfg.widths} (and the same --patch_size, and both a class "
+                        f"token or neither)")
 
 
 def with_teacher(run):

@@ -199,7 +199,8 @@ def parse_args(argv):
     add("--save_json", default="", help="write the detections in COCO results format")
     add("--json", default="", help="write all numbers and curves there")
     add("--image_size", type=int, default=0, help="shorter side; 0: as in training, 800")
-    add("--max_size", type=int, default=0, help="longest side; 0: as in training, 1333")
+    add("--max_size", type=int, default=0, help="longest side; 0: as in training, 1333, "
+        "in proportion if --image_size is larger")
     add("--boxes", action="store_true", help="the boxes of a model with masks")
     add("--batch_size", type=int, default=4, help="images of like shape at a time")
     add("--dilation", action="store_true", help="an official DC5 file, if renamed")

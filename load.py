@@ -83,9 +83,9 @@ def evaluation_set(args, model, info):
                        val_split=evaluated_share(args.data, info["train"]))
     else:
         check_located(options, args.checkpoint)
-    options["image_size"] = args.image_size or options["image_size"]
-    options["max_size"] = args.max_size or options.get("max_size", 1333)
-    cfg = TrainConfig(**dict(options, max_size=max(options["max_size"], options["image_size"])))
+    side, max_size = args.image_size or options["image_size"], options.get("max_size", 1333)
+    larger = max(max_size, round(max_size * side / options["image_size"]))       # in proportion
+    cfg = TrainConfig(**dict(options, image_size=side, max_size=args.max_size or larger))
     if not classifier:
         check_grid(model.cfg, cfg)
     dataset = build_dataset(cfg, "val", info["classes"], getattr(model.cfg, "crop_fraction", 1.0),

@@ -176,11 +176,14 @@ def advice(run, steps, most):
     if cfg.kind == "coco" and from_scratch and all_steps < 100_000:
         lines.append(f"note     {all_steps} steps from scratch are too few for the official recipe "
                      f"(300,000):\n         give --finetune with an official detector, or --recipe "
-                     f"small, made for 4,000")
+                     f"small, made for 3,750")
     if cfg.kind == "image_folder" and from_scratch and all_steps < 10_000 and cfg.lr < 5e-4:
         lines.append(f"note     {all_steps} steps; PoolFormer's --lr and --warmup_epochs are for "
                      f"375,000: give --finetune or --recipe small,\n         or think of "
                      f"--lr 1e-3 --warmup_epochs 1")
+    if max(cfg.warmup_steps, cfg.warmup_epochs * steps) >= all_steps:
+        lines.append(f"note     the learning rate warms up in all of the {all_steps} steps: give "
+                     f"fewer --warmup_steps or --warmup_epochs")
     side = typical_side(run.train_loader.dataset, cfg) if cfg.kind == "coco" else math.inf
     if side < 16:
         lines.append(f"note     half of the objects are smaller than {side:.0f} x {side:.0f} "

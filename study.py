@@ -442,14 +442,14 @@ def group_table(title, names, runs, score):
               for arm, by_seed in runs.items()}
     rows, columns = compare(scores, reference, score), compared(reference, score)
     for row in rows:
-        results, names = runs[row["arm"]].values(), ["seconds", "parameters"]
+        results, means = runs[row["arm"]].values(), ["seconds", "parameters"]
         if score == "top1":
             row["published"] = published_top1(row["arm"])
         else:
-            names += ["AP50", "AP75"]
+            means += ["AP50", "AP75"]
             reached = [r["step_at_half"] for r in results if r["step_at_half"] is not None]
             row["step_at_half"], row["reached"] = mean_sd(reached)[0], len(reached)
-        row.update({name: statistics.fmean(r[name] for r in results) for name in names})
+        row.update({name: statistics.fmean(r[name] for r in results) for name in means})
 
     # beside the scores: of classifiers ImageNet's, of detectors other thresholds
     if score == "top1":
@@ -663,7 +663,7 @@ def main(argv=None):
         for name in names:
             jobs = [job for job in make_jobs([name], args) if finished(job)]
             tables, runs = part_tables(name, jobs)
-            if args.probes:
+            if args.probes and PARTS[name].score == "AP":
                 tables |= probe_tables(jobs)
             add_to_json(path, name, tables, runs)
             draw_part(name, tables, runs, jobs, args.assets)

@@ -4107,6 +4107,13 @@ def test_a_recipe_takes_the_same_steps_for_any_number_of_images(images, epochs, 
     assert config_py.with_epochs(cfg, images) == cfg               # as a resumed run does
 
 
+@pytest.mark.parametrize("overfit, epochs", [(4, 5), (8, 5), (24, 2)])
+def test_steps_count_the_hundred_passes_of_overfitting(overfit, epochs):
+    given = dict(data="x", model="detr_tiny", overfit=overfit, steps=500)        # batches of 8
+    cfg = config_py.with_epochs(make_configs(given)[2], overfit)
+    assert (cfg.epochs, cfg.batch_size) == (epochs, 8)
+
+
 @pytest.mark.parametrize("words, message", [
     ("--recipe small", "no effect here: --recipe (needs --data or --train_json)"),
     ("--recipe large", "--recipe large is unknown, use one of: small"),
@@ -4132,6 +4139,12 @@ def test_a_run_by_recipe_is_continued_and_tells_what_it_does(tmp_path, capsys):
     first = checkpoint("out/ckpt.pt")["train_config"]
     assert (first["recipe"], first["steps"], first["epochs"], first["eval_every"],
             first["augment"]) == ("small", 5, 2, 1, "light")
+
+    # in an evaluation larger images may be longer, in proportion to 32 and 53
+    for side, longest in ((64, 106), (16, 53)):
+        args = evaluate.parse_args(["out/ckpt.pt", "--image_size", str(side)])
+        dataset = evaluate.evaluation_set(args, *evaluate.load_model("out/ckpt.pt"))
+        assert (dataset.image_size, dataset.max_size) == (side, longest)
 
     # the same command finds the run finished; --resume goes on; another recipe would change nothing
     assert run(*SMALL_RECIPE, *files, "--steps", 5, "--augment", "light") == 0
@@ -4224,6 +4237,16 @@ def test_light_augmentation_mixes_no_images_unless_asked():
     for given, mixed in ((dict(augment="light"), (0, 0)), (dict(augment=True), (0.8, 1)),
                          (dict(augment="light", mixup=0.2), (0.2, 0)), (dict(), (0.8, 1))):
         loss_cfg = make_configs({**folders, **given})[1]
+        assert (loss_cfg.mixup, loss_cfg.cutmix) == mixed
+
+
+def test_light_augmentation_of_a_continued_run_mixes_no_images_either(monkeypatch):
+    names = "model_config", "loss_config", "train_config"
+    before = dict(zip(names, map(asdict, make_configs(dict(model="poolformer_s12", data="x")))))
+    monkeypatch.setattr(config_py, "read_run", lambda path: copy.deepcopy(before))
+    for given, mixed in ((dict(augment="light"), (0, 0)), (dict(), (0.8, 1)),
+                         (dict(augment="light", cutmix=0.5), (0, 0.5))):
+        loss_cfg = make_configs({"resume": "a/ckpt.pt", **given})[1]
         assert (loss_cfg.mixup, loss_cfg.cutmix) == mixed
 
 
@@ -5239,6 +5262,8 @@ def test_a_teacher_that_does_not_fit_is_refused_in_a_line(options, words):
 def test_what_is_no_teacher_is_refused_in_a_line(whole):
     teacher_file(widths="8,8,8,8")
     torch.save(checkpoint("teacher.pt")["model"], "weights.pt")
+    patches = [build_model("vit_tiny64", patch_size=side) for side in (8, 16)]
+    refused("the same --patch_size", distill.check_alike, "vit.pt", *patches)
     torch.save([1], "list.pt")
     shutil.copy(whole / "best.pt", "detector.pt")
     for name in ("weights.pt", "list.pt", "detector.pt"):
@@ -7079,6 +7104,7 @@ def test_demo_trains_every_parameter_with_the_losses_of_all_layers_or_of_the_las
     (["--positions", "input", "--pre_norm"], "--positions, --pre_norm: no option of"),
     (["--dilation", "--backbone", "resnet50"], "--dilation: no option of"),
     (["--masks"], "--masks: no option of"),
+    (["--image_size", 408], "gives up to 52 x 52 tokens at stride 8, detr_demo_tiny has positions"),
     (["--demo"], "--demo is no option")])
 def test_options_that_mean_nothing_to_demo_are_refused(options, words, capsys):
     assert run(*DEMO_SHAPES, *options) == 2
