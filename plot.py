@@ -181,33 +181,41 @@ def plot_classifiers(result, path):
 
 
 def plot_arms(groups, path, score="AP"):
-    """Of each group of arms, the score of every seed, and its mean over mean training time.
+    """Of each group of arms, the score of every seed; a line marks the mean of the first arm.
 
-    groups: {title: {arm: {seed: dict with the score and "seconds"}}}, from study.py; of a group, a
-    line marks the mean of the first arm.
+    groups: {title: {arm: {seed: dict with the score and "seconds"}}}, from study.py.
     """
     most = max(map(len, groups.values()))
-    figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 5 + 0.25 * most),
-                                squeeze=False, sharex="row", layout="constrained")
-    for (dots, times), (title, arms) in zip(axes.T, groups.items()):
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 1 + 0.28 * most),
+                                squeeze=False, sharex=True, layout="constrained")
+    for axis, (title, arms) in zip(axes[0], groups.items()):
         for k, (arm, runs) in enumerate(arms.items()):
-            aps, seconds = ([r[name] for r in runs.values()] for name in (score, "seconds"))
-            mean, color = sum(aps) / len(aps), f"C{k % 10}"
-            dots.plot(aps, [k] * len(aps), "o", color=color, alpha=0.6)
-            dots.plot(mean, k, "|", color=color, markersize=16)
+            scores = [run[score] for run in runs.values()]
+            mean, color = sum(scores) / len(scores), f"C{k % 10}"
+            axis.plot(scores, [k] * len(scores), "o", color=color, alpha=0.6)
+            axis.plot(mean, k, "|", color=color, markersize=16)
             if k == 0:
-                dots.axvline(mean, color="gray", linestyle=":")
-            times.plot(sum(seconds) / len(seconds), mean, "o", color=color, label=arm)
-        dots.set(title=title, xlabel=f"{score}, a dot for each seed", yticks=range(len(arms)),
+                axis.axvline(mean, color="gray", linestyle=":")
+        axis.set(title=title, xlabel=f"{score}, a dot for each seed", yticks=range(len(arms)),
                  yticklabels=list(arms))
-        dots.invert_yaxis()
-        times.set(xlabel="seconds of one thread", ylabel=f"mean {score}")
-        times.legend(fontsize="x-small")
-        for axis in (dots, times):
-            axis.grid(alpha=0.3)
-    for times in axes[1]:
-        times.set_ylim(axes[0, 0].get_xlim())
-    figure.savefig(path, dpi=120)
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def plot_times(groups, path, score="AP"):
+    """Of each group of arms, the mean score over the mean training time; groups as in plot_arms."""
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), squeeze=False,
+                                sharex=True, sharey=True, layout="constrained")
+    for axis, (title, arms) in zip(axes[0], groups.items()):
+        for arm, runs in arms.items():
+            x, y = (sum(run[name] for run in runs.values()) / len(runs)
+                    for name in ("seconds", score))
+            axis.plot(x, y, "o", label=arm)
+        axis.set(title=title, xlabel="seconds of a processor", ylabel=f"mean {score}")
+        axis.legend(fontsize="x-small")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
 
 
 def plot_layers(groups, path):

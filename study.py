@@ -547,6 +547,7 @@ def draw_part(name, tables, runs, jobs, folder):
     if not groups:
         return
     plot.plot_arms(groups, folder / f"study_{name}.png", PARTS[name].score)
+    plot.plot_times(groups, folder / f"study_{name}_times.png", PARTS[name].score)
     for title, named in groups.items():
         runs_of_group = [str(job.folder) for job in jobs if job.arm in named]
         slug = re.sub("[^a-z0-9]+", "_", title)

@@ -6907,14 +6907,17 @@ def test_study_counts_the_cost_of_the_whole_detector(monkeypatch):
 def test_study_pictures(tmp_path):
     plot = pytest.importorskip("plot")
     runs = {seed: {"AP": 0.1 * seed, "seconds": 60} for seed in (1, 2)}
-    plot.plot_arms({"encoder": {"attention": runs, "enc-pool": runs}, "both": {"a": runs}}, "a.png")
+    groups = {"encoder": {"attention": runs, "enc-pool": runs}, "both": {"a": runs}}
+    plot.plot_arms(groups, "a.png")
+    plot.plot_times(groups, "d.png")
     rows = [dict(mixer=m, batch_size=b, deviation=0.4 / b, frozen=0.3 / b)
             for m in ("attention", "both-pool") for b in (4, 16)]
     plot.plot_noise(rows, "b.png")
     layers = [dict(arm=arm, AP=[0.1, 0.2], AP_nms=[0.2, 0.2]) for arm in ("attention", "enc-pool")]
     plot.plot_layers({"encoder": layers, "both": layers[:1]}, "c.png")
     assert Image.open("c.png").width == 1080
-    assert Image.open("a.png").width > 800 and Image.open("b.png").width > 500
+    assert Image.open("a.png").size == (900, 156) and Image.open("d.png").size == (900, 400)
+    assert Image.open("b.png").width > 500
 
 
 # -- detr_demo.py --------------------------------------------------------------------------------
