@@ -291,7 +291,7 @@ def mask_run(args):
     def run():
         memory_tokens, head_tokens = (x.flatten(2).transpose(1, 2) for x in (memory, tokens))
         attention = attend(states, memory_tokens, None, memory.shape[2:])
-        masks = head(head_tokens, attention, maps, chosen)
+        masks = head(head_tokens, attention, maps, lambda: chosen)
         wanted = segmentation.matched_masks(pairs, targets, mask_size(args))
         terms = segmentation.mask_losses(masks, wanted.to(args.device), len(image))
         loss = terms["loss_mask"] + terms["loss_dice"]

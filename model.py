@@ -335,7 +335,8 @@ class DETR(nn.Module):
         if not self.cfg.masks:
             return logits, boxes
         attention = self.bbox_attention(states[-1], memory, valid, grid)         # (B, Q, nh, H, W)
-        return logits, boxes, self.mask_head(x, attention, maps, wanted and wanted(logits, boxes))
+        masks = self.mask_head(x, attention, maps, wanted, (logits, boxes))
+        return logits, boxes, masks
 
 
 MODELS = {

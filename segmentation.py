@@ -81,13 +81,16 @@ class MaskHead(nn.Module):
                 nn.init.kaiming_uniform_(m.weight, a=1)
                 nn.init.zeros_(m.bias)
 
-    def forward(self, tokens, attention, maps, chosen=None):
-        """Mask logits (B, Q, H4, W4) float32, or (M, H4, W4) of the M queries `chosen`.
+    @torch.compiler.disable                        # M changes from step to step
+    def forward(self, tokens, attention, maps, wanted=None, outputs=()):
+        """Mask logits (B, Q, H4, W4) float32, or (M, H4, W4) of M queries.
 
         tokens (B, N, C) before the encoder; attention (B, Q, nh, H, W); maps: those of the stages
-        before the last (B, _, _, _), finest first; chosen: (image, query), each (M,) int64.
+        before the last (B, _, _, _), finest first; wanted(*outputs) gives (image, query), each (M,)
+        int64.
         """
         B, Q, nh, H, W = attention.shape
+        chosen = wanted(*outputs) if wanted else None
         if chosen is None:
             image = torch.arange(B, device=tokens.device).repeat_interleave(Q)
             attention = attention.flatten(0, 1)                                # (B * Q, nh, H, W)

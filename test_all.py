@@ -6920,6 +6920,22 @@ def test_study_pictures(tmp_path):
     assert Image.open("b.png").width > 500
 
 
+def test_a_compiled_model_with_masks_is_not_compiled_anew_for_other_numbers_of_masks():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = build_model("detr_tiny", masks=True)
+    compiled, frames = torch.compile(model, backend="eager"), torch._dynamo.utils.counters["frames"]
+    images, seen = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), []
+    for count in (3, 1, 4):
+        def wanted(logits, boxes):
+            return torch.zeros(count, dtype=torch.int64), torch.arange(count)
+        masks = compiled(images, None, wanted)[2]
+        assert_close(masks, model(images, None, wanted)[2])
+        seen.append(frames["total"])
+    assert seen[0] > 0 and seen == seen[:1] * 3
+    torch._dynamo.reset()
+
+
 # -- detr_demo.py --------------------------------------------------------------------------------
 
 DEMO_TINY = dict(hidden_dim=32, nheads=4, dim_feedforward=24, num_queries=5, num_classes=3)
