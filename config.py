@@ -149,9 +149,9 @@ PRESETS = {
 # --recipe by kind of data: defaults between those above and the flags that were given
 RECIPES = {"small": {
     "coco": dict(
-        model="detr_tiny", num_queries=50, image_size=160, augment=True, batch_size=8, steps=3750,
-        lr=5e-4, lr_backbone=1e-3, clip_max_norm=1.0, schedule="cosine", warmup_steps=200,
-        backbone_weights="none", eval_every=0),
+        model="detr_tiny", num_queries=50, image_size=160, augment="light", batch_size=8,
+        steps=3750, lr=5e-4, lr_backbone=1e-3, clip_max_norm=1.0, schedule="cosine",
+        warmup_steps=200, backbone_weights="none", eval_every=0),
     "image_folder": dict(
         image_size=96, augment="light", mixup=0.0, cutmix=0.0, batch_size=16, steps=3000, lr=1e-3,
         min_lr=0.0, clip_max_norm=1.0, warmup_epochs=0, warmup_steps=200, layer_scale=0.0,
