@@ -133,6 +133,11 @@ def is_detector(runs):
     return any("train_loss_bbox" in r or "test_AP" in r for run in runs for r in run)
 
 
+def save(figure, path, dpi):
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)                              # pyplot keeps all open figures in memory
+
+
 def plot_mixers(rows, path):
     """Seconds and memory over the number of tokens, a line for each mixer.
 
@@ -147,7 +152,7 @@ def plot_mixers(rows, path):
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle("encoder by mixer, forward and backward")
-    figure.savefig(path, dpi=120)
+    save(figure, path, 120)
 
 
 def plot_classifiers(result, path):
@@ -177,7 +182,7 @@ def plot_classifiers(result, path):
     axes[0].legend()
     axes[0].set(xlabel="G multiply-adds of an image, 224 x 224", ylabel="published top-1, %")
     axes[1].set(xlabel="images per second, forward pass, as measured here")
-    figure.savefig(path, dpi=120)
+    save(figure, path, 120)
 
 
 def plot_arms(groups, path, score="AP"):
@@ -200,7 +205,7 @@ def plot_arms(groups, path, score="AP"):
                  yticklabels=list(arms))
         axis.invert_yaxis()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save(figure, path, 100)
 
 
 def plot_times(groups, path, score="AP"):
@@ -215,7 +220,7 @@ def plot_times(groups, path, score="AP"):
         axis.set(title=title, xlabel="seconds of a processor", ylabel=f"mean {score}")
         axis.legend(fontsize="x-small")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save(figure, path, 100)
 
 
 def plot_layers(groups, path):
@@ -234,7 +239,7 @@ def plot_layers(groups, path):
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    save(figure, path, 120)
 
 
 def plot_noise(rows, path):
@@ -256,7 +261,7 @@ def plot_noise(rows, path):
     axis.tick_params(axis="x", which="minor", labelbottom=False)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path, 120)
 
 
 def main(argv=None):
@@ -308,7 +313,7 @@ def main(argv=None):
         handles.append(Line2D([], [], color=color, label=name))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     with writing(args.out):
-        figure.savefig(args.out, dpi=120)
+        save(figure, args.out, 120)
     print(f"{len(args.logs) + bool(args.official_log)} run(s) drawn in {args.out}")
 
 
