@@ -222,6 +222,32 @@ def check_same_blocks(name, config, cfg, strict):
         raise UserError(f"{name} is of another model: {', '.join(differ)}")
 
 
+def compare_tensors(own, state, ignored, fresh, strict):
+    """(report, faults): a line for each tensor that is not in both state dicts in the same shape;
+    ignored, fresh: prefixes of those that the file, or the model, may have alone."""
+    report, faults = [], []
+    for key in sorted(own.keys() | state.keys()):
+        if key in own and key in state and own[key].shape == state[key].shape:
+            continue
+        if key not in own:
+            line = f"{key} {tuple(state[key].shape)}: not in the model, left out"
+            by_design = key.startswith(ignored)
+        elif key not in state:
+            line = f"{key} {tuple(own[key].shape)}: not in the file, newly initialised"
+            by_design = key.startswith(fresh)
+        else:
+            line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
+                    f"model, newly initialised")
+            by_design = False
+        by_design |= key.endswith("num_batches_tracked")
+        may_differ = not strict and (key.startswith(("class_embed.", "linear_class.", "head.",
+                                                     *MASK_PARTS))
+                                     or ".self_attn." in key or ".token_mixer." in key
+                                     or key.endswith(".mixer_scale"))
+        (report if by_design or may_differ else faults).append(line)
+    return report, faults
+
+
 def load_weights(model, source, strict=True):
     """Copies the tensors of a checkpoint into `model`; every one is accounted for.
 
@@ -255,27 +281,8 @@ def load_weights(model, source, strict=True):
             check_same_blocks(name, config, target.cfg, strict)
 
     # every tensor that is not in both, in the same shape, is reported or at fault
-    ignored, fresh = expected_differences(target, model)
-    own, report, faults = target.state_dict(), [], []
-    for key in sorted(own.keys() | state.keys()):
-        if key in own and key in state and own[key].shape == state[key].shape:
-            continue
-        if key not in own:
-            line = f"{key} {tuple(state[key].shape)}: not in the model, left out"
-            by_design = key.startswith(ignored)
-        elif key not in state:
-            line = f"{key} {tuple(own[key].shape)}: not in the file, newly initialised"
-            by_design = key.startswith(fresh)
-        else:
-            line = (f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the "
-                    f"model, newly initialised")
-            by_design = False
-        by_design |= key.endswith("num_batches_tracked")
-        may_differ = not strict and (key.startswith(("class_embed.", "linear_class.", "head.",
-                                                     *MASK_PARTS))
-                                     or ".self_attn." in key or ".token_mixer." in key
-                                     or key.endswith(".mixer_scale"))
-        (report if by_design or may_differ else faults).append(line)
+    own = target.state_dict()
+    report, faults = compare_tensors(own, state, *expected_differences(target, model), strict)
     if faults:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise UserError(f"{name} does not fit the model, {len(faults)} tensor(s) differ; is it a "
