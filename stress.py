@@ -70,16 +70,16 @@ def lines(path):
     return [json.loads(line) for line in open(path)]
 
 
-def assert_identical(a, b):
+def assert_identical(a, b, where=""):
     """Equal nested dicts and lists, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b), where
     elif isinstance(a, (dict, list)):
-        assert type(a) is type(b) and len(a) == len(b)
+        assert type(a) is type(b) and len(a) == len(b), (where, a, b)
         for key in a if isinstance(a, dict) else range(len(a)):
-            assert_identical(a[key], b[key])
+            assert_identical(a[key], b[key], f"{where}[{key!r}]")
     else:
-        assert a == b
+        assert a == b, f"{where}: {a!r} is not {b!r}"
 
 
 def assert_same_run(a, b):
@@ -87,14 +87,14 @@ def assert_same_run(a, b):
     for name in ("ckpt.pt", "best.pt"):
         one, two = (checkpoint(f"{folder}/{name}") for folder in (a, b))
         for key in ("model", "optimizer", "epoch", "step", "best_score", "sums"):
-            assert_identical(one[key], two[key])
+            assert_identical(one[key], two[key], f"{name}[{key!r}]")
     timed = {"images_per_s", "data_share", "memory_gb", "elapsed_s", "eta_s"}
     for name in ("log.txt", "steps.txt"):
         one, two = (lines(f"{folder}/{name}") for folder in (a, b))
         for record in one + two:
             for key in timed & record.keys():
                 del record[key]
-        assert_identical(one, two)
+        assert_identical(one, two, name)
 
 
 def annotation(id, image_id, category_id, bbox=(10, 5, 20, 30), **more):
@@ -473,7 +473,7 @@ KILLED = [*TINY, "--train_shapes", "80", "--epochs", "8", "--save_minutes", "0.0
 
 def launch(options, folder, rank=0, world=1, port=0):
     """A process that trains, as `python train.py` does; its id. `folder`/evaluating is there while
-    it evaluates."""
+    it evaluates, `folder`/met0 (1, ...) once it has met the other processes."""
     pid = os.fork()
     if pid:
         return pid
@@ -486,15 +486,21 @@ def launch(options, folder, rank=0, world=1, port=0):
         if world > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        original = train.DETECTION.evaluate
+        evaluate, start_processes = train.DETECTION.evaluate, train.start_processes
 
         def marked(*args):
             marker = f"evaluating{rank or ''}"                   # rank 0 ends last
             open(marker, "w").close()
-            result = original(*args)
+            result = evaluate(*args)
             os.remove(marker)
             return result
+
+        def met(device):
+            result = start_processes(device)
+            open(f"met{rank}", "w").close()
+            return result
         train.DETECTION = train.DETECTION._replace(evaluate=marked)
+        train.start_processes = met
         train.main(options)
     except SystemExit as stop:
         print(stop.code if isinstance(stop.code, str) else "", flush=True)
@@ -530,9 +536,12 @@ def kill_once(folder, world, rng):
     Returns in what it was killed, "" if it had ended."""
     sign = rng.choice(["out/ckpt.pt.tmp", "out/ckpt.pt.tmp2", "evaluating", "never"])
     begin = [os.path.join(folder, name) for name in ("out/ckpt.pt.tmp", "evaluating")]
-    [os.remove(name) for name in begin if os.path.exists(name)]
-    jobs, codes, start_time = job(folder, world), {}, time.time()
-    after = start_time + rng.uniform(0.3, 1.5)
+    met = [os.path.join(folder, f"met{rank}") for rank in range(world)]
+    [os.remove(name) for name in begin + met if os.path.exists(name)]
+    jobs, codes = job(folder, world), {}
+    while jobs and not all(map(os.path.exists, met)):    # one alone would wait for half an hour
+        codes |= wait(jobs, 0.0005)
+    after = time.time() + rng.uniform(0.3, 1.5)
     while jobs and (time.time() < after or sign != "never" and time.time() < after + 3
                     and not os.path.exists(os.path.join(folder, sign))):
         codes |= wait(jobs, 0.0005)

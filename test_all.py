@@ -2732,6 +2732,15 @@ def rank_job(rank, world, ports, folder):
     if world == 2:
         os.environ["MASTER_PORT"] = ports[1]
         saved["code"] = run(*FROZEN, "--output_dir", "whole")
+        os.environ["MASTER_PORT"] = ports[6]
+        detection = train.DETECTION
+
+        def noting(model, *args):
+            saved["buffers"] = {k: v.clone() for k, v in model.named_buffers()}
+            return detection.evaluate(model, *args)
+        train.DETECTION = detection._replace(evaluate=noting)
+        run(*TINY, "--epochs", 1, "--output_dir", "normed")
+        train.DETECTION = detection
     torch.save(saved, f"{world}_{rank}.pt")
     original = train.train_step
     for step in (1, 2, 3) if world == 2 else ():                  # of 3 steps per epoch
@@ -2762,7 +2771,7 @@ def ranks(tmp_path_factory):
     """What rank_job saved, by (world, rank), and the folder. A job that hangs is ended."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 3):
-        ports = [str(stress.free_port()) for _ in range(6)]
+        ports = [str(stress.free_port()) for _ in range(7)]
         job = mp.spawn(rank_job, (world, ports, str(folder)), nprocs=world, join=False)
         end = time.time() + 150
         while not job.join(timeout=1):
@@ -2808,6 +2817,16 @@ def test_two_ranks_train_as_one_does(ranks, tmp_path):
         assert a.keys() == b.keys()
         for key in ("train_loss", "train_loss_ce", "train_loss_bbox_0", "train_class_error"):
             assert math.isclose(a[key], b[key], rel_tol=1e-3), key
+
+
+def test_all_ranks_evaluate_with_the_running_statistics_that_are_saved(ranks):
+    """DistributedDataParallel copies rank 0's before a step, and each rank then changes its own."""
+    saved = checkpoint(ranks[1] / "normed/ckpt.pt")["model"]
+    for rank in (0, 1):
+        buffers = ranks[0][2, rank]["buffers"]
+        common = buffers.keys() & saved.keys()
+        assert sum("running_mean" in name for name in common) > 5
+        assert_identical({k: buffers[k] for k in common}, {k: saved[k] for k in common})
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])                       # 3: the last step of the epoch

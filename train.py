@@ -213,6 +213,9 @@ def finish_epoch(run, interval):
     run.epoch, run.step, run.epoch_sums = run.epoch + 1, 0, {}
     is_best = False
     if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
+        if run.world > 1:                          # rank 0's running statistics, which are saved
+            for buffer in run.raw_model.buffers():
+                dist.broadcast(buffer, 0)
         run.interrupt["safe"] = True                                # a signal may end it at once
         result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
                                    run.task.validation_losses(run))
