@@ -590,7 +590,7 @@ def kill_under_torchrun(kills, rng, folder):
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          f"--max_restarts={kills}", script, *KILLED], cwd=killed, stderr=subprocess.STDOUT,
-        stdout=open(f"{killed}/output.txt", "w"))
+        stdout=open(f"{killed}/output.txt", "w"), env={**os.environ, "OMP_NUM_THREADS": "1"})
     for k in range(kills):
         steps = f"{killed}/out/steps.txt"
         share = (k + 1) / (kills + 2)                                # of the run's 80 steps
