@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -432,6 +433,10 @@ def main(argv=None):
         code = 130
     except Exception as error:                     # a bug: with its traceback
         print(f"error{on_rank}: {hint(error)}", file=sys.stderr, flush=True)
+        if dist.is_initialized():                  # where gloo may wait long for a lost process
+            traceback.print_exc()
+            end_workers()
+            os._exit(1)
         raise
     finally:
         end_workers()
