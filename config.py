@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 
 from coco_eval import UserError
 from options import check_options, read_options
@@ -319,20 +318,6 @@ def with_epochs(cfg, images):
         passes = OVERFIT_REPEATS if cfg.overfit else 1
         epochs = max(1, round(cfg.steps / (passes * max(1, images // cfg.batch_size))))
     return replace(cfg, epochs=epochs, eval_every=cfg.eval_every or max(1, round(epochs / 30)))
-
-
-def check_ranks_agree(options):
-    """Raises UserError if the processes of a run have different options or data, a dict."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, options)
-    for rank, theirs in enumerate(everyone):
-        differ = [f"{name} is {value!r} on rank 0, {theirs.get(name)!r} on rank {rank}"
-                  for name, value in everyone[0].items()
-                  if name not in ("num_workers", "device") and theirs.get(name) != value]
-        if differ:
-            raise UserError(f"the processes were not started alike: {'; '.join(differ)}"[:2000])
 
 
 def check_size(model_cfg):

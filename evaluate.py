@@ -25,10 +25,11 @@ import coco_eval as coco_eval_py
 import diagnose
 from coco_eval import (FlagParser, UserError, ap_table, check_output, coco_eval, evaluate_columns,
                        result_json, run_command, summary, writing)
+from processes import check_device, gather
 from metaformer import MetaFormer
 from classification import accuracy_json, accuracy_table, class_accuracy, class_rows
 from data import EvalSampler, collate, cxcywh_to_xyxy, to_device
-from load import check_device, evaluation_set, load_model
+from load import evaluation_set, load_model
 
 
 # -- from the network's outputs to detections ----------------------------------------------------
@@ -79,22 +80,6 @@ def layer_rows(outputs, targets, dataset):
 def autocast(device, dtype):
     """The context in which the network runs; dtype float32: none."""
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
-
-def sum_over_processes(tensor):
-    """The sum of a CPU tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather(mine):
-    """The objects of all processes, a list by rank, on each process."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def with_progress(loader):

@@ -52,16 +52,6 @@ def load_model(path, name="", dilation=False):
     return model.to(memory_format=torch.channels_last), info
 
 
-def check_device(device):
-    """The device's name, if it can be used; UserError otherwise."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device {device} cannot be used: {reason}") from None
-    return device
-
-
 def evaluation_set(args, model, info):
     """The data set to evaluate on: the command line's, else the checkpoint's."""
     classifier, options = isinstance(model, MetaFormer), dict(info["train"])

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from coco_eval import FlagParser, UserError, UserFileError, run_command, writing
+from processes import check_device
 from images import IMAGE_SUFFIXES, draw_boxes, draw_masks, read_image
 from metaformer import MetaFormer
 from classification import center_crop
 from data import plan_validation
-from load import check_device, load_model
+from load import load_model
 from evaluate import check_finite, postprocess
 from segmentation import PanopticWriter, mask_code, masks_over
 from attention import attention_sheet, cam_sheet

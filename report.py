@@ -1,4 +1,4 @@
-"""What a run says: banner, progress lines, logs, pictures; how it stops, and why a step failed."""
+"""What a run says: banner, progress lines, logs, pictures, and why a step failed."""
 
 import itertools
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import random
 import shlex
-import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from coco_eval import IOU_THRS, UserError, box_overlap, evaluate_columns, take, writing
+from processes import sum_over_processes
 from images import contact_sheet, draw_masks
 from resnet import RESNETS
 from classification import classification_loss
@@ -25,7 +25,7 @@ from data import box_iou, collate, cxcywh_to_xyxy, to_device
 from matcher import NotFiniteError
 from losses import LOSS_TERMS, loss_normalizers, set_loss
 from config import OVERFIT_REPEATS
-from evaluate import autocast, sum_over_processes
+from evaluate import autocast
 
 
 def say(run, *words, **options):
@@ -42,50 +42,6 @@ def say(run, *words, **options):
                 with suppress(OSError):
                     print(f"the output cannot be written ({error}): stopping after this step",
                           file=sys.stderr)
-
-
-# -- stopping -----------------------------------------------------------------------------------
-
-def catch_signals():
-    """A dict whose "stop" becomes 1.0 on Ctrl-C, SIGTERM or SIGHUP (a number, as processes add it
-    up), and "code" 128 + the signal.
-
-    A second Ctrl-C exits at once, and so does the first signal while "safe" is set, when nothing
-    would be lost.
-    """
-    interrupt = {"stop": 0.0, "code": 130, "safe": False}
-
-    def handler(number, frame):
-        again = interrupt["stop"]
-        interrupt.update(stop=1.0, code=128 + number)
-        if not again and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):                                  # the terminal may be gone
-                os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
-        if interrupt["safe"] or again and number == signal.SIGINT:
-            sys.exit(interrupt["code"])
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGINT)                # Windows lacks some
-        if signal.getsignal(number) != signal.SIG_IGN:               # as nohup has SIGHUP
-            signal.signal(number, handler)
-    return interrupt
-
-
-def ignore_signals(worker):
-    """For loader workers: Ctrl-C, torchrun and batch systems signal all processes of a run, but the
-    training process alone decides what to do, and needs its workers until it has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                     # Windows lacks some
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))        # from end_workers
-
-
-def end_workers():
-    """Ends the loader workers of this process, which Python's own SIGTERM at exit would not."""
-    for worker in torch.multiprocessing.active_children():
-        if hasattr(signal, "SIGUSR1"):
-            os.kill(worker.pid, signal.SIGUSR1)
 
 
 # -- banner --------------------------------------------------------------------------------------

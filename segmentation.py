@@ -16,13 +16,14 @@ from PIL import Image
 
 from coco_eval import (UserError, ap_table, evaluate_columns, mask_box, mask_edges, read_json,
                        result_json, summary, writing)
+from processes import gather
 from images import draw_boxes, draw_ground, draw_masks, draw_shape, read_image
 from check_data import (as_instances, cached_arrays, file_faults, image_faults, refuse,
                         short_repr)
 from data import CocoDataset, ShapesDataset
 from matcher import match
 from losses import loss_normalizers, set_loss
-from evaluate import detection_rows, evaluate, gather
+from evaluate import detection_rows, evaluate
 from report import detection_report, draw_detections, say
 
 

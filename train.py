@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from coco_eval import UserError, writing
+from processes import (catch_signals, check_ranks_agree, end_workers, ignore_signals,
+                       start_processes, sum_over_processes)
 from check_data import check_sets
 from metaformer import MetaFormer
 from classification import classification_losses
@@ -36,50 +38,14 @@ from model import build_model
 from resnet import memory_format
 from finetune import class_weights, first_weights, freeze, frozen_classes
 from losses import loss_normalizers, set_loss
-from config import (OVERFIT_REPEATS, TrainConfig, check_ranks_agree, make_configs,
-                    parse_options, with_epochs)
-from load import check_device
-from evaluate import autocast, evaluate, evaluate_classifier, sum_over_processes
-from report import (Interval, append_json, banner, catch_signals, classification_report,
-                    detection_report, draw_batch, draw_classes, draw_detections, end_workers,
-                    epoch_record, explain, hint, ignore_signals, say, say_best,
-                    share_in_class_losses, share_in_detection_losses)
+from config import OVERFIT_REPEATS, TrainConfig, make_configs, parse_options, with_epochs
+from evaluate import autocast, evaluate, evaluate_classifier
+from report import (Interval, append_json, banner, classification_report, detection_report,
+                    draw_batch, draw_classes, draw_detections, epoch_record, explain, hint, say,
+                    say_best, share_in_class_losses, share_in_detection_losses)
 from distill import with_teacher
 from segmentation import (draw_mask_detections, segmentation_losses, segmentation_report,
                           share_in_segmentation_losses)
-
-
-# -- processes -----------------------------------------------------------------------------------
-
-def start_processes(device):
-    """(rank, world, device) of this process, from torchrun's environment; else (0, 1, device).
-
-    Small things travel between the processes as CPU tensors over gloo, gradients on GPUs over nccl.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU, "
-                            f"{torch.cuda.device_count()} visible: start fewer, or --device cpu")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    if device == "mps" and "RANK" in os.environ:
-        raise UserError("--device mps trains on one process: start train.py without torchrun")
-    if world > 1 and "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE is {world}, but RANK is not set: start all processes with "
-                        f"torchrun, or unset WORLD_SIZE")
-    if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):         # all on this machine
-            # torchrun keeps the store over restarts, and in it the addresses of the processes
-            # before (pytorch issue 135712); several machines may count their restarts differently
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world, check_device(device)
 
 
 # -- loaders, optimizer, schedule ----------------------------------------------------------------
