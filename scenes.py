@@ -12,6 +12,7 @@ plain   One to four rectangles, ellipses and triangles of any colour and of 1/5 
 twins   Three to six small shapes of clear colours. The class is twin where another object of the
         image has the same shape and colour, else single; nothing else tells which, and half are
         twins. At 96 pixels resnet_tiny does not see one twin from the other.
+pairs   The same of rectangles alone: an equal object is one of the same colour.
 dots    Two or three objects, each of three to five dots of one colour, any but the others'. The
         number is the class, the box is that of all its dots; boxes overlap freely.
 
@@ -30,6 +31,7 @@ count   Two to six bright objects of one shape and colour on dark ground; the cl
 """
 
 import math
+from functools import partial
 from itertools import combinations
 
 from images import draw_ground, draw_shape, ground_colors
@@ -91,14 +93,14 @@ def plain(rng, side):
     return ground, objects
 
 
-def twins(rng, side):
+def twins(rng, side, shapes=range(3)):
     grey = rng.randrange(226)
     ground = (grey,) * 3, (grey + 30,) * 3
 
     # kinds (shape, colour), all different, but for the pairs
     n = rng.randint(3, 6)
     pairs = int(n / 4 + rng.random())                              # n / 4 on average
-    kinds = [(shape, color) for shape in range(3) for color in CLEAR_COLORS]
+    kinds = [(shape, color) for shape in shapes for color in CLEAR_COLORS]
     kinds = rng.sample(kinds, n - pairs)
     placed = []
     for kind in kinds[:pairs] + kinds:
@@ -206,6 +208,7 @@ def class_count(rng, side, label):
 SHAPES = "rectangle", "ellipse", "triangle"
 SCENES = {"plain": (SHAPES, plain),
           "twins": (("single", "twin"), twins),
+          "pairs": (("single", "pair"), partial(twins, shapes=(0,))),
           "dots": (("3 dots", "4 dots", "5 dots"), dots)}
 CLASS_SCENES = {"plain": ((*SHAPES, *(f"{shape} outline" for shape in SHAPES)), class_plain),
                 "twins": (("all different", "twins"), class_twins),

@@ -109,6 +109,9 @@ PARTS = {
         "twice the learning rate": arms("enc", FEW[:3], rates(2), "-twice")}),
     "S3": Part("Is there a task in which the mixing matters?", {
         "one decoder layer": arms("enc", FEW, "--dec_layers 1", "-dec1"),
+        "pairs, one decoder layer": arms("enc", FEW, "--scenes pairs --dec_layers 1",
+                                         "-pairs-dec1"),
+        "pairs": arms("enc", FEW, "--scenes pairs", "-pairs"),
         "twins": arms("enc", FEW, "--scenes twins", "-twins"),
         "twins, one decoder layer": arms("enc", FEW, "--scenes twins --dec_layers 1",
                                          "-twins-dec1"),

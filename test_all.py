@@ -728,7 +728,7 @@ def test_data_py_checks_class_folders(tmp_path, capsys):
 
 # -- data.py: shapes and batches -----------------------------------------------------------------
 
-@pytest.mark.parametrize("scenes, classes", [("plain", 3), ("twins", 2), ("dots", 3)])
+@pytest.mark.parametrize("scenes, classes", [("plain", 3), ("twins", 2), ("pairs", 2), ("dots", 3)])
 def test_shapes_are_the_same_each_time_and_differ_between_splits(scenes, classes):
     a, b, val = (ShapesDataset(split, 30, scenes=scenes) for split in ("train", "train", "val"))
     first = [a[i] for i in range(30)]
@@ -764,8 +764,9 @@ def scene_of(dataset, i):
             ], np.array(dataset.read(i))
 
 
-def test_twins_have_an_equal_beyond_sight_and_half_are_twins_whatever_else_is_seen():
-    dataset, rows = ShapesDataset("val", 800, 96, scenes="twins"), []
+@pytest.mark.parametrize("scenes, kinds", [("twins", 18), ("pairs", 6)])
+def test_twins_have_an_equal_beyond_sight_and_half_are_twins_whatever_else_is_seen(scenes, kinds):
+    dataset, rows = ShapesDataset("val", 800, 96, scenes=scenes), []
     for i in range(800):
         objects, image = scene_of(dataset, i)
         outside = np.ones((96, 96), bool)
@@ -780,6 +781,7 @@ def test_twins_have_an_equal_beyond_sight_and_half_are_twins_whatever_else_is_se
             rows.append((label, len(objects), shape, color, x1 > 40, y2 - y1 > 20))
         used = {color for _, _, [(_, _, color)] in objects}
         assert not any((image[outside] == color).all(1).any() for color in used)
+    assert len({row[2:4] for row in rows}) == kinds
     for column in range(1, 6):
         for value in {row[column] for row in rows}:
             labels = [row[0] for row in rows if row[column] == value]
@@ -3962,7 +3964,7 @@ def test_class_weights_by_hand():
     ("--scenes twin", ["--scenes twin is unknown, did you mean twins?"]),
     ("--model metaformer_tiny --scenes dots",
      ["--scenes dots is not for metaformer_tiny, use one of: plain, twins, count"]),
-    ("--scenes count", ["--scenes count is not for", "plain, twins, dots"]),
+    ("--scenes count", ["--scenes count is not for", "plain, twins, pairs, dots"]),
     ("--model vit_ti --data x --scenes twins", ["no effect here: --scenes (needs"]),
     ("--model metaformer_tiny --patch_size 8", ["no effect here: --patch_size (needs"]),
     ("--model vit_tiny64 --image_size 7", ["--patch_size 8 is more than --image_size 7"]),
