@@ -385,7 +385,8 @@ def classification_loss(logits, targets, smoothing=0.0, normalizers=None, class_
 
 def mixed_batch(run, images, targets, global_step):
     """mixup_or_cutmix of a micro-batch by the run's options, its seed and global_step."""
-    labels = torch.cat([t["labels"] for t in targets]).to(images.device)
+    labels = torch.cat([t["labels"] for t in targets])
+    labels = labels.to(images.device, non_blocking=images.is_cuda)  # the host need not wait
     rng = random.Random(f"{run.cfg.seed} {global_step}")
     return mixup_or_cutmix(images, labels, run.model_cfg.num_classes, rng, run.loss_cfg.mixup,
                            run.loss_cfg.cutmix)

@@ -347,14 +347,15 @@ def check_grid(model_cfg, cfg):
     """Raises UserError if images can have more tokens than a fixed-grid mixer of the encoder takes
     (the decoder's grid is 1 x Q, whatever the images), or than learned positions are for."""
     fixed = hasattr(MIXERS[model_cfg.encoder_mixer or model_cfg.mixer], "fixed_grid")
-    if not fixed and not model_cfg.demo:
+    learned = model_cfg.demo or model_cfg.position_embedding == "learned"
+    if not fixed and not learned:
         return
     with torch.device("meta"):                                       # allocates nothing
         stride = BACKBONES[model_cfg.backbone](model_cfg).stride
     side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
-    if model_cfg.demo and side > 50:
+    if learned and side > 50:
         raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
-                        f"{stride}, {cfg.model} has positions for 50 x 50: give a smaller one")
+                        f"{stride}, learned positions are for 50 x 50: give a smaller one")
     if fixed and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
                         f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")

@@ -15,6 +15,7 @@ Papers: COCO, arXiv:1405.0312; DETR, arXiv:2005.12872, Appendix A.4 (augmentatio
 import os
 import random
 from collections import namedtuple
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -81,8 +82,8 @@ def generalized_box_iou(a, b):
 # -- augmentation --------------------------------------------------------------------------------
 
 # The steps that change an image, in this order: flip (bool), resize to `resize_before_crop` (h, w),
-# crop (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan is drawn from the
-# image's size alone, so that the sampler knows every final shape without opening a file.
+# crop (top, left, h, w), resize to `size` (h, w); None leaves a step out. A plan follows from seed,
+# epoch, index and image size, so that the sampler knows every final shape and opens no file.
 Plan = namedtuple("Plan", "flip resize_before_crop crop size")
 
 
@@ -135,10 +136,11 @@ def resize(image, boxes, size):
     return image, boxes * np.float32([sx, sy, sx, sy])
 
 
-def apply_plan(image, boxes, labels, plan):
-    """Carries out `plan` on a PIL image, its boxes (T, 4) float32 xyxy in pixels, and their labels.
+def apply_plan(image, boxes, rows, plan):
+    """Carries out `plan` on a PIL image and its boxes (T, 4) float32 xyxy in pixels.
 
-    Boxes are clipped to the crop; those without area inside it are dropped with their labels.
+    Boxes are clipped to the crop; those without area inside it are dropped, and of rows (T,), which
+    has something of each, such as its number or label.
     """
     if plan.flip:                                                    # x becomes width - x
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -153,10 +155,10 @@ def apply_plan(image, boxes, labels, plan):
         image = image.crop((left, top, left + w, top + h))
         boxes = (boxes - np.float32([left, top, left, top])).clip(0, np.float32([w, h, w, h]))
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        boxes, labels = boxes[has_area], labels[has_area]
+        boxes, rows = boxes[has_area], rows[has_area]
 
     image, boxes = resize(image, boxes, plan.size)
-    return image, boxes, labels
+    return image, boxes, rows
 
 
 # -- data sets -----------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def keep_only(self, n):
         """Drops all but the first n images that have objects, in place; returns the data set."""
-        images = [i for i in range(len(self)) if len(self.objects(i)[0])][:n]
+        images = list(islice((i for i in range(len(self)) if len(self.trained_rows(i))), n))
         if len(images) < n:
             raise UserError(f"--overfit {n}: only {len(images)} of {len(self)} images have objects")
 
@@ -519,7 +521,7 @@ class EvalSampler(list):
 
 # -- which data set ------------------------------------------------------------------------------
 
-def build_dataset(cfg, split, classes=None, crop_fraction=0.9, masks=False):
+def build_dataset(cfg, split, classes=None, crop_fraction=1.0, masks=False):
     """The data set of a run's options: the one place that decides which it is.
 
     cfg: a TrainConfig; split: "train" or "val", with --overfit both of the same N training images;

@@ -57,15 +57,15 @@ def check_finite(detections, image):
 
 def detection_rows(outputs, targets, dataset):
     """Detections of a batch: float64 (D, 7) of image index, class, score, x, y, w, h."""
-    logits, boxes, *_ = outputs                                     # of all decoder layers
+    logits, boxes = (x[-1].cpu() for x in outputs[:2])              # of the last decoder layer
     rows = []
-    found = postprocess(logits[-1], boxes[-1], [t["orig_size"] for t in targets])
+    found = postprocess(logits, boxes, [t["orig_size"] for t in targets])
     for target, d in zip(targets, found):
         check_finite(d, dataset.image_ids[target["index"]])
         x1y1, x2y2 = d["boxes"][:, :2], d["boxes"][:, 2:]
-        row = torch.cat([d["labels"][:, None], d["scores"][:, None], x1y1, x2y2 - x1y1], 1).cpu()
-        image = torch.full((len(row), 1), target["index"], dtype=torch.float64)
-        rows.append(torch.cat([image, row], 1))                     # float64 here: MPS has none
+        image = torch.full((len(x1y1), 1), target["index"], dtype=torch.float64)
+        rows.append(torch.cat([image, d["labels"][:, None], d["scores"][:, None], x1y1,
+                               x2y2 - x1y1], 1))
     return torch.cat(rows)
 
 
@@ -231,6 +231,7 @@ def main(argv=None):
 
     loader = DataLoader(dataset, batch_sampler=EvalSampler(dataset, args.batch_size),
                         num_workers=args.num_workers, collate_fn=collate)
+    torch.backends.cudnn.allow_tf32 = False                          # True is torch's default
     result, layers = measure(model.to(check_device(args.device)), loader, args)
     more, text = diagnose.probe(result, args.errors, args.threshold, args.queries, dataset, layers)
     if args.save_json:

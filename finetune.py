@@ -241,14 +241,18 @@ def check_freeze(cfg):
 
 
 def freeze(model, cfg):
-    """Freezes the parts of --freeze, with --frozen_weights all but the mask head: without
-    gradients, without dropout (which the official code leaves on), and their norms with the
-    statistics that they have. Of a classifier "backbone" is all but the head."""
+    """Freezes the parts of --freeze, the backbone where --lr_backbone is 0, with --frozen_weights
+    all but the mask head: without gradients, without dropout (which the official code leaves on),
+    and their norms with the statistics that they have. Of a classifier "backbone" is all but the
+    head."""
     if cfg.frozen_weights:
         for name, module in model.named_children():
             if f"{name}." not in MASK_PARTS:
                 module.requires_grad_(False).eval()
-    for part in cfg.freeze.split(",") if cfg.freeze else []:
+    parts = cfg.freeze.split(",") if cfg.freeze else []
+    if not cfg.lr_backbone and not isinstance(model, MetaFormer):
+        parts.append("backbone")
+    for part in parts:
         if isinstance(model, MetaFormer):
             head = set(model.head.parameters())
             modules = [module for name, module in model.named_children() if name != "head"]

@@ -18,9 +18,6 @@ from data import cxcywh_to_xyxy, iou_and_giou
 from matcher import match
 
 
-LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"     # --masks; --teacher
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the matching cost and of the loss, the official DETR's by default."""
@@ -115,15 +112,17 @@ def set_loss(logits, boxes, targets, cfg=LossConfig(), normalizers=None, class_w
     if class_weights is not None:
         weight[:K] = class_weights
     ce = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
-    # the mean, as F.cross_entropy's, divides by the sum of the weights of the wanted classes
+    # the mean divides by the sum of the weights of the wanted classes, as F.cross_entropy's, but
+    # that class_weights count as 1, their average
     weight_sum = matched + cfg.eos_coef * (images * Q - matched)
     loss_ce = ce.view(L, -1).sum(1) / max(weight_sum, 1e-12)                            # (L,)
 
     # boxes of the matched queries
     predicted = boxes[index]                                                            # (L, M, 4)
     _, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target_boxes))     # (L, M)
-    loss_bbox = (predicted - target_boxes).abs().sum((1, 2)) / max(objects, 1)          # (L,)
-    loss_giou = (1 - giou).sum(1) / max(objects, 1)                                     # (L,)
+    objects = objects or 1                                          # can be under 1 per process
+    loss_bbox = (predicted - target_boxes).abs().sum((1, 2)) / objects                  # (L,)
+    loss_giou = (1 - giou).sum(1) / objects                                             # (L,)
 
     total = (cfg.ce_loss_coef * loss_ce + cfg.bbox_loss_coef * loss_bbox
              + cfg.giou_loss_coef * loss_giou).sum()
@@ -141,6 +140,7 @@ def log_metrics(logits, index, labels, targets, normalizers):
     # without any object, 100 % of the images stand for the share of wrong queries
     share = wrong / matched if matched else logits.new_tensor(len(targets) / images)
     found = (guess != logits.shape[-1] - 1).sum(-1).float()                             # (L, B)
-    objects = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+    objects = torch.tensor([len(t["labels"]) for t in targets])
+    objects = objects.to(logits.device, non_blocking=logits.is_cuda)        # the host need not wait
     return {"class_error": 100 * share,
             **by_layer("cardinality_error", (found - objects).abs().sum(1) / images)}

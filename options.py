@@ -60,8 +60,6 @@ def check_options(config):
             raise UserError(f"--{name} {value} is unknown, {nearest(value, limit)}")
         if type_ is not str and not value >= limit:
             raise UserError(f"--{name} {value} must be a number of at least {limit}")
-        if type_ is int and value >= 2**63:
-            raise UserError(f"--{name} {value} must be below 2**63")
 
 
 def option_help(config, field, presets, short):

@@ -25,6 +25,13 @@ def check_device(device):
     return device
 
 
+def count_cores():
+    """The CPU cores that this process may use, which a batch system can make fewer."""
+    if hasattr(os, "sched_getaffinity"):                             # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def start_processes(device):
     """(rank, world, device) of this process, from torchrun's environment; else (0, 1, device).
 

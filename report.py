@@ -23,9 +23,13 @@ from resnet import RESNETS
 from classification import classification_loss
 from data import box_iou, collate, cxcywh_to_xyxy, to_device
 from matcher import NotFiniteError
-from losses import LOSS_TERMS, loss_normalizers, set_loss
+from losses import loss_normalizers, set_loss
 from config import OVERFIT_REPEATS
 from evaluate import autocast
+
+
+# losses of detectors, of --masks, of --teacher
+LOSS_TERMS = "ce", "bbox", "giou", "mask", "dice", "soft", "imitation"
 
 
 def say(run, *words, **options):
@@ -297,15 +301,26 @@ def epoch_record(run):
 
 # -- evaluations of a run ------------------------------------------------------------------------
 
+def normalizers_of(run, micro_batches):
+    """loss_normalizers of this process's micro-batches; a classifier has one query."""
+    queries = getattr(run.model_cfg, "num_queries", 1)
+    return sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
+
+
+def validation_normalizers(run):
+    """loss_normalizers of the whole validation set of a detector."""
+    dataset = run.val_loader.dataset
+    labels = [{"labels": dataset.objects(i)[1]} for i in range(len(dataset))]
+    return loss_normalizers(labels, run.model_cfg.num_queries)
+
+
 def share_in_detection_losses(run):
     """For evaluate: a function that gives a batch's share in the losses of the validation set.
 
     All shares are divided by the counts of the whole set, so their sum is the losses that set_loss
     has for one batch of all its images.
     """
-    dataset = run.val_loader.dataset
-    labels = [{"labels": dataset.objects(i)[1]} for i in range(len(dataset))]
-    whole = loss_normalizers(labels, run.model_cfg.num_queries)
+    whole = validation_normalizers(run)
     return lambda outputs, targets: set_loss(*outputs, targets, run.loss_cfg, whole,
                                              run.class_weights)
 
@@ -603,8 +618,7 @@ def explain(error, run, global_step, micro_batches):
 def losses_of(run, micro_batches, global_step):
     """The losses of a step as numbers, of this process's micro-batches alone."""
     alone, totals = replace(run, model=run.raw_model), {}
-    queries = getattr(run.model_cfg, "num_queries", 1)
-    normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
+    normalizers = normalizers_of(run, micro_batches)
     with torch.no_grad(), autocast(run.device, run.dtype):
         for images, valid, targets in micro_batches:
             batch = *to_device(images, valid, run.device), targets

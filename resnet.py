@@ -106,7 +106,8 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+        y = torch.addcmul(shift[:, None, None], x32, scale[:, None, None])
+        return y.to(x.dtype)                                        # rounded once
 
 
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": SyncedBatchNorm2d}

@@ -24,7 +24,7 @@ from data import CocoDataset, ShapesDataset
 from matcher import match
 from losses import loss_normalizers, set_loss
 from evaluate import detection_rows, evaluate
-from report import detection_report, draw_detections, say
+from report import detection_report, draw_detections, say, validation_normalizers
 
 
 # -- the head ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def mask_losses(masks, wanted, objects):
         ce = F.binary_cross_entropy_with_logits(x, y, reduction="none")
         focal = (0.75 - 0.5 * y) * (p - y).square() * ce            # weight 1/4 inside, 3/4 outside
         dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)        # (M,)
-        objects = max(objects, 1)
+        objects = objects or 1                     # can be under 1 per process
         return {"loss_mask": focal.mean(1).sum() / objects, "loss_dice": dice.sum() / objects}
 
 
@@ -191,7 +191,8 @@ def matched_queries(pairs):
 def add_mask_losses(losses, masks, pairs, targets, cfg, normalizers):
     """The dict of set_loss with those of the masks (M, H4, W4) of the matched queries."""
     size = np.max([t["masks"].shape[1:] for t in targets], axis=0).tolist()    # of the batch
-    wanted = matched_masks(pairs[-1], targets, size).to(masks.device)
+    wanted = matched_masks(pairs[-1], targets, size)
+    wanted = wanted.to(masks.device, non_blocking=masks.is_cuda)
     losses = losses | mask_losses(masks, wanted, normalizers[0].item())
     total = (losses["loss"] + cfg.mask_loss_coef * losses["loss_mask"]
              + cfg.dice_loss_coef * losses["loss_dice"])
@@ -201,9 +202,7 @@ def add_mask_losses(losses, masks, pairs, targets, cfg, normalizers):
 def share_in_segmentation_losses(run):
     """share_in_detection_losses with the losses of the masks, of which each counts the padding of
     its own batch."""
-    dataset, cfg = run.val_loader.dataset, run.loss_cfg
-    labels = [{"labels": dataset.objects(i)[1]} for i in range(len(dataset))]
-    whole = loss_normalizers(labels, run.model_cfg.num_queries)
+    cfg, whole = run.loss_cfg, validation_normalizers(run)
 
     def share(outputs, targets):
         logits, boxes, masks = outputs

@@ -486,7 +486,7 @@ def launch(options, folder, rank=0, world=1, port=0):
         if world > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        evaluate, start_processes = train.DETECTION.evaluate, train.start_processes
+        evaluate, start_processes = train.evaluate, train.start_processes
 
         def marked(*args):
             marker = f"evaluating{rank or ''}"                   # rank 0 ends last
@@ -499,8 +499,7 @@ def launch(options, folder, rank=0, world=1, port=0):
             result = start_processes(device)
             open(f"met{rank}", "w").close()
             return result
-        train.DETECTION = train.DETECTION._replace(evaluate=marked)
-        train.start_processes = met
+        train.evaluate, train.start_processes = marked, met
         train.main(options)
     except SystemExit as stop:
         print(stop.code if isinstance(stop.code, str) else "", flush=True)

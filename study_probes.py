@@ -83,10 +83,12 @@ def train_keeping_epochs(words):
     _, given = parse_options(words, __doc__)
     run = train.start_run(*make_configs(given), *train.start_processes("auto"))
 
-    def save_and_evaluate(model, *rest):
-        torch.save(model.state_dict(), Path(run.cfg.output_dir, f"epoch_{run.epoch}.pt"))
-        return evaluate(model, *rest)
-    run.task = run.task._replace(evaluate=save_and_evaluate)
+    report = run.task.report
+
+    def save_and_report(*args):
+        torch.save(run.raw_model.state_dict(), Path(run.cfg.output_dir, f"epoch_{run.epoch}.pt"))
+        return report(*args)
+    run.task = run.task._replace(report=save_and_report)
     sys.exit(train.train(run))
 
 

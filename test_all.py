@@ -2126,6 +2126,16 @@ def test_losses_and_matching_are_float32_under_autocast_and_from_bfloat16():
     assert_close(match(*rounded, targets), match(*exact, targets))
 
 
+def test_more_processes_than_objects_change_no_loss():
+    """Four processes with one object among them: a quarter of one for each, in the mean over all."""
+    logits, boxes, targets = named_problem("few", 2, 5, 3, [0, 1, 0, 0])
+    whole, share = set_loss(logits, boxes, targets), loss_normalizers(targets, 5) / 4
+    parts = [set_loss(logits[:, i:i + 1], boxes[:, i:i + 1], targets[i:i + 1], normalizers=share)
+             for i in range(4)]
+    for name in ("loss", "loss_bbox", "loss_giou_0", "class_error"):
+        assert_close(sum(part[name] for part in parts) / 4, whole[name])
+
+
 @pytest.mark.parametrize("where", [0, 1], ids=["logits", "boxes"])
 def test_nan_in_the_predictions_is_an_error_that_names_layer_and_image(where):
     problem = named_problem("small", 3, 5, 3, [2, 1])
@@ -2677,7 +2687,7 @@ def validation_losses(batch_size, rank=0, world=1):
         job = run_of(model, None, loss_cfg=cfg)
         job.val_loader = DataLoader(dataset, collate_fn=collate,
                                     batch_sampler=EvalSampler(dataset, batch_size, rank, world))
-        result = job.task.evaluate(model, job.val_loader, "cpu", torch.float32,
+        result = evaluate.evaluate(model, job.val_loader, "cpu", torch.float32,
                                    job.task.validation_losses(job))
         found.append(result["losses"])
     return found
@@ -2735,14 +2745,14 @@ def rank_job(rank, world, ports, folder):
         os.environ["MASTER_PORT"] = ports[1]
         saved["code"] = run(*FROZEN, "--output_dir", "whole")
         os.environ["MASTER_PORT"] = ports[5]
-        detection = train.DETECTION
+        original = train.evaluate
 
         def noting(model, *args):
             saved["buffers"] = {k: v.clone() for k, v in model.named_buffers()}
-            return detection.evaluate(model, *args)
-        train.DETECTION = detection._replace(evaluate=noting)
+            return original(model, *args)
+        train.evaluate = noting
         run(*TINY, "--epochs", 1, "--output_dir", "normed")
-        train.DETECTION = detection
+        train.evaluate = original
     torch.save(saved, f"{world}_{rank}.pt")
     original = train.train_step
     for step in (1, 2, 3) if world == 2 else ():                  # of 3 steps per epoch
@@ -3351,13 +3361,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_logs_anew(monkeypat
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_an_evaluation_ends_at_once_with_all_saved(monkeypatch, number, code):
-    original = train.DETECTION.evaluate
+    original = train.evaluate
 
     def interrupted(*args):
         signal.raise_signal(number)
         return original(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "DETECTION", train.DETECTION._replace(evaluate=interrupted))
+        patch.setattr(train, "evaluate", interrupted)
         assert run(*TINY) == code
     state = checkpoint("out/ckpt.pt")
     assert (state["epoch"], state["step"]) == (0, 3) and not os.path.exists("out/log.txt")
@@ -3365,8 +3375,7 @@ def test_a_signal_in_an_evaluation_ends_at_once_with_all_saved(monkeypatch, numb
 
 
 def test_out_of_memory_in_an_evaluation_says_what_helps_there(monkeypatch, capsys):
-    monkeypatch.setattr(train, "DETECTION", train.DETECTION._replace(
-        evaluate=lambda *args: torch.empty(2 ** 50)))
+    monkeypatch.setattr(train, "evaluate", lambda *args: torch.empty(2 ** 50))
     refused("memory", train.main, TINY, error=RuntimeError)
     assert "--eval_batch_size" in capsys.readouterr().err and checkpoint("out/ckpt.pt")["step"] == 3
 
@@ -3486,6 +3495,8 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     assert not any(names[id(p)].startswith("backbone.") for g in groups for p in g["params"])
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(p.requires_grad for p in model.transformer.parameters())
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and not any(m.training for m in norms)              # keep their statistics, too
 
 
 # -- formats.py: other people's data sets --------------------------------------------------------
@@ -3906,7 +3917,7 @@ def test_frozen_parts_stay_as_they_are_to_the_bit(whole):
     assert run(*options, "--freeze", "backbones") == 2
 
     model = build_model("metaformer_tiny")
-    finetune.freeze(model, SimpleNamespace(freeze="backbone", frozen_weights=""))
+    finetune.freeze(model, SimpleNamespace(freeze="backbone", frozen_weights="", lr_backbone=0))
     assert {k for k, p in model.named_parameters() if p.requires_grad} == {"head.weight",
                                                                            "head.bias"}
 
@@ -7149,7 +7160,7 @@ def test_demo_trains_every_parameter_with_the_losses_of_all_layers_or_of_the_las
     (["--positions", "input", "--pre_norm"], "--positions, --pre_norm: no option of"),
     (["--dilation", "--backbone", "resnet50"], "--dilation: no option of"),
     (["--masks"], "--masks: no option of"),
-    (["--image_size", 408], "gives up to 52 x 52 tokens at stride 8, detr_demo_tiny has positions"),
+    (["--image_size", 408], "gives up to 52 x 52 tokens at stride 8, learned positions are"),
     (["--demo"], "--demo is no option")])
 def test_options_that_mean_nothing_to_demo_are_refused(options, words, capsys):
     assert run(*DEMO_SHAPES, *options) == 2

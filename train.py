@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from coco_eval import UserError, writing
-from processes import (catch_signals, check_ranks_agree, end_workers, ignore_signals,
+from processes import (catch_signals, check_ranks_agree, count_cores, end_workers, ignore_signals,
                        start_processes, sum_over_processes)
 from check_data import check_sets
 from metaformer import MetaFormer
@@ -37,12 +37,13 @@ from checkpoint import (check_output_dir, find_resume, load_optimizer, lock_outp
 from model import build_model
 from resnet import memory_format
 from finetune import class_weights, first_weights, freeze, frozen_classes
-from losses import loss_normalizers, set_loss
+from losses import set_loss
 from config import OVERFIT_REPEATS, TrainConfig, make_configs, parse_options, with_epochs
-from evaluate import autocast, evaluate, evaluate_classifier
+from evaluate import autocast, evaluate
 from report import (Interval, append_json, banner, classification_report, detection_report,
-                    draw_batch, draw_classes, draw_detections, epoch_record, explain, hint, say,
-                    say_best, share_in_class_losses, share_in_detection_losses)
+                    draw_batch, draw_classes, draw_detections, epoch_record, explain, hint,
+                    normalizers_of, say, say_best, share_in_class_losses,
+                    share_in_detection_losses)
 from distill import with_teacher
 from segmentation import (draw_mask_detections, segmentation_losses, segmentation_report,
                           share_in_segmentation_losses)
@@ -55,7 +56,7 @@ def build_loaders(cfg, train_set, val_set, rank, world, device):
     workers = cfg.num_workers
     if workers < 0:                                # the cores of a process, less one for itself
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, max(0, (os.cpu_count() or 1) // local_world - 1))
+        workers = min(8, max(0, count_cores() // local_world - 1))
     options = dict(collate_fn=collate, num_workers=workers, pin_memory="cuda" in device,
                    persistent_workers=workers > 0, worker_init_fn=ignore_signals)
     repeats = OVERFIT_REPEATS if cfg.overfit else 1
@@ -81,8 +82,6 @@ def build_optimizer(model, cfg):
         second["lr"] = second["base_lr"] = cfg.lr_backbone
     freeze(model, cfg)
     for name, p in model.named_parameters():
-        if "backbone" in name and not cfg.lr_backbone:
-            p.requires_grad_(False)
         if not p.requires_grad:
             continue
         in_second = "backbone" in name
@@ -126,13 +125,12 @@ def detection_losses(run, images, valid, targets, normalizers, global_step):
 
 
 # the functions in which detectors and classifiers differ; a run chooses once, in start_run
-Task = namedtuple("Task", "losses evaluate validation_losses report draw")
-DETECTION = Task(detection_losses, evaluate, share_in_detection_losses, detection_report,
-                 draw_detections)
-SEGMENTATION = Task(segmentation_losses, evaluate, share_in_segmentation_losses,
-                    segmentation_report, draw_mask_detections)
-CLASSIFICATION = Task(classification_losses, evaluate_classifier, share_in_class_losses,
-                      classification_report, draw_classes)
+Task = namedtuple("Task", "losses validation_losses report draw")
+DETECTION = Task(detection_losses, share_in_detection_losses, detection_report, draw_detections)
+SEGMENTATION = Task(segmentation_losses, share_in_segmentation_losses, segmentation_report,
+                    draw_mask_detections)
+CLASSIFICATION = Task(classification_losses, share_in_class_losses, classification_report,
+                      draw_classes)
 
 
 @dataclass
@@ -165,8 +163,7 @@ class Run:
 def agree(run, micro_batches):
     """(normalizers of the losses per process, whether to stop, whether to save), the same on all
     processes."""
-    queries = getattr(run.model_cfg, "num_queries", 1)              # of a classifier
-    normalizers = sum(loss_normalizers(targets, queries) for *_, targets in micro_batches)
+    normalizers = normalizers_of(run, micro_batches)
     due = 0 < run.cfg.save_minutes < (time.time() - run.saved) / 60
     flags = torch.tensor([run.interrupt["stop"], float(due)])
     total = sum_over_processes(torch.cat([normalizers, flags]))
@@ -184,8 +181,8 @@ def finish_epoch(run, interval):
             for buffer in run.raw_model.buffers():
                 dist.broadcast(buffer, 0)
         run.interrupt["safe"] = True                                # a signal may end it at once
-        result = run.task.evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
-                                   run.task.validation_losses(run))
+        result = evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
+                          run.task.validation_losses(run))
         run.interrupt["safe"] = False
         score, entries = run.task.report(run, result, interval.elapsed())    # prints the line
         is_best = score > run.best_score
@@ -209,7 +206,8 @@ def forward_backward(run, micro_batches, normalizers, global_step):
     tensors on the device.
 
     normalizers: those of the whole step, divided by the number of processes. As every loss is
-    divided by them, the gradients are those of the whole batch, however it is split.
+    divided by them, the gradients are those of the whole batch, however it is split (but for
+    dropout, and for batch norm, whose statistics are of one micro-batch over all processes).
     """
     totals = {}
     for k, (images, valid, targets) in enumerate(micro_batches):
@@ -229,9 +227,10 @@ def forward_backward(run, micro_batches, normalizers, global_step):
     return totals
 
 
-def skip_if_not_finite(optimizer, losses):
-    """A loss or gradient that is not finite stops all updates, of this step and of every later one:
-    the host, which seldom reads the device, finds the first such step by their number."""
+def stop_updates_if_not_finite(optimizer, losses):
+    """From the first loss or gradient on that is not finite the optimizer changes no weights, and
+    losses["not_finite"] is 1. The sum of these tells the host, which seldom reads the device, how
+    many steps ago that was; it then ends the run, before anything is saved."""
     finite = (losses["loss"] + losses["grad_norm"]).isfinite()
     before = getattr(optimizer, "found_inf", torch.zeros_like(losses["grad_norm"]))
     # found_inf is GradScaler's way to tell fused AdamW to leave the weights alone
@@ -244,7 +243,7 @@ def train_step(run, micro_batches, normalizers, global_step):
     losses = forward_backward(run, micro_batches, normalizers, global_step)
     max_norm = run.cfg.clip_max_norm or math.inf
     losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-    skip_if_not_finite(run.optimizer, losses)
+    stop_updates_if_not_finite(run.optimizer, losses)
     run.optimizer.step()
     return losses
 
@@ -365,16 +364,17 @@ def start_run(model_cfg, loss_cfg, cfg, rank, world, device):
         device_ids = [device] if "cuda" in device else None
         model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
-    # TF32 in training only
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    tf32 = cfg.dtype != "float32"                  # in what autocast leaves in float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     train_loader, val_loader = build_loaders(cfg, train_set, val_set, rank, world, device)
     task = CLASSIFICATION if isinstance(raw_model, MetaFormer) else DETECTION
     task = SEGMENTATION if getattr(model_cfg, "masks", False) else task
+    weights = class_weights(cfg.class_weights, train_set)
     run = Run(cfg=cfg, model_cfg=model_cfg, loss_cfg=loss_cfg, task=task, raw_model=raw_model,
               model=model, optimizer=optimizer, train_loader=train_loader, val_loader=val_loader,
               rank=rank, world=world, device=device, dtype=choose_dtype(cfg, device),
               interrupt=interrupt, lock=lock,
-              class_weights=class_weights(cfg.class_weights, train_set))
+              class_weights=None if weights is None else weights.to(device))
     if cfg.teacher:
         run.task = with_teacher(run)
     if rank == 0:
