@@ -134,7 +134,7 @@ def time_interleaved(runs, args):
     times = {name: [] for name in runs}
     for _ in range(args.repeats + 1):
         for name, (run, off) in runs.items():
-            tf32 = args.mode != "forward" and name != "official"    # as in train.py with bfloat16
+            tf32 = args.dtype == "bfloat16" and name != "official"  # as in train.py
             torch.backends.cuda.matmul.allow_tf32 = tf32
             with without_levers(off):
                 times[name].append(seconds_of(run, args.device))

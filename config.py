@@ -353,9 +353,11 @@ def check_grid(model_cfg, cfg):
     with torch.device("meta"):                                       # allocates nothing
         stride = BACKBONES[model_cfg.backbone](model_cfg).stride
     side = math.ceil((cfg.max_size + 1) / stride)                    # resized() may pass it by 1
-    if learned and side > 50:
-        raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
-                        f"{stride}, learned positions are for 50 x 50: give a smaller one")
+    shortest = math.ceil(min(cfg.image_size, cfg.max_size) / stride)
+    if learned and shortest > 50:
+        raise UserError(f"--image_size {cfg.image_size} gives at least {shortest} x {shortest} "
+                        f"tokens at stride {stride}, learned positions are for 50 x 50: give a "
+                        f"smaller one")
     if fixed and side > min(model_cfg.grid_rows, model_cfg.grid_cols):
         raise UserError(f"--max_size {cfg.max_size} gives up to {side} x {side} tokens at stride "
                         f"{stride}: give --grid_rows {side} --grid_cols {side}, or a smaller one")

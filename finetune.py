@@ -235,7 +235,7 @@ def check_freeze(cfg):
         if part not in known:
             raise UserError(f"--freeze {cfg.freeze}: {part!r} is no part of {cfg.model}, use some "
                             f"of: {','.join(known)}")
-    if set(parts) == set(PARTS):
+    if {*parts, *([] if cfg.lr_backbone else ["backbone"])} == set(PARTS):
         raise UserError(f"--freeze {cfg.freeze} leaves nothing to train, take out a part, or "
                         f"for the mask head alone give --masks --frozen_weights")
 

@@ -199,6 +199,7 @@ def parse_args(argv):
 def build_describe(args):
     """The function describe(image, path) of the checkpoint's model, and with --panoptic what
     writes its segments."""
+    torch.backends.cudnn.allow_tf32 = False                          # True is torch's default
     model, info = load_model(args.checkpoint, args.model, args.dilation)
     model = model.eval().to(check_device(args.device))
     if isinstance(model, MetaFormer):

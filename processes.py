@@ -26,10 +26,10 @@ def check_device(device):
 
 
 def count_cores():
-    """The CPU cores that this process may use, which a batch system can make fewer."""
-    if hasattr(os, "sched_getaffinity"):                             # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The CPU cores for this process: its share of the machine's, or what it is allowed to use."""
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share   # Linux
+    return min(share, allowed)
 
 
 def start_processes(device):

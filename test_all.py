@@ -3915,6 +3915,7 @@ def test_frozen_parts_stay_as_they_are_to_the_bit(whole):
     assert any(k.endswith("running_var") for k in kept)
     assert run(*options, "--freeze", "backbone", "--lr_backbone", "0.1") == 2
     assert run(*options, "--freeze", "backbones") == 2
+    assert run(*options, "--freeze", "encoder,decoder,heads", "--lr_backbone", 0) == 2
 
     model = build_model("metaformer_tiny")
     finetune.freeze(model, SimpleNamespace(freeze="backbone", frozen_weights="", lr_backbone=0))
@@ -3976,6 +3977,7 @@ def test_class_weights_by_hand():
     ("--model metaformer_tiny --scenes dots",
      ["--scenes dots is not for metaformer_tiny, use one of: plain, twins, count"]),
     ("--scenes count", ["--scenes count is not for", "plain, twins, pairs, dots"]),
+    ("--position_embedding learned --image_size 408", ["--image_size 408 gives at least 51 x 51"]),
     ("--model vit_ti --data x --scenes twins", ["no effect here: --scenes (needs"]),
     ("--model metaformer_tiny --patch_size 8", ["no effect here: --patch_size (needs"]),
     ("--model vit_tiny64 --image_size 7", ["--patch_size 8 is more than --image_size 7"]),
@@ -7160,7 +7162,7 @@ def test_demo_trains_every_parameter_with_the_losses_of_all_layers_or_of_the_las
     (["--positions", "input", "--pre_norm"], "--positions, --pre_norm: no option of"),
     (["--dilation", "--backbone", "resnet50"], "--dilation: no option of"),
     (["--masks"], "--masks: no option of"),
-    (["--image_size", 408], "gives up to 52 x 52 tokens at stride 8, learned positions are"),
+    (["--image_size", 408], "gives at least 51 x 51 tokens at stride 8, learned positions are"),
     (["--demo"], "--demo is no option")])
 def test_options_that_mean_nothing_to_demo_are_refused(options, words, capsys):
     assert run(*DEMO_SHAPES, *options) == 2

@@ -55,8 +55,7 @@ def build_loaders(cfg, train_set, val_set, rank, world, device):
     """Loaders of this process for training and validation."""
     workers = cfg.num_workers
     if workers < 0:                                # the cores of a process, less one for itself
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, max(0, count_cores() // local_world - 1))
+        workers = min(8, max(0, count_cores() - 1))
     options = dict(collate_fn=collate, num_workers=workers, pin_memory="cuda" in device,
                    persistent_workers=workers > 0, worker_init_fn=ignore_signals)
     repeats = OVERFIT_REPEATS if cfg.overfit else 1
@@ -177,10 +176,10 @@ def finish_epoch(run, interval):
     run.epoch, run.step, run.epoch_sums = run.epoch + 1, 0, {}
     is_best = False
     if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
+        run.interrupt["safe"] = True                                # a signal may end it at once
         if run.world > 1:                          # rank 0's running statistics, which are saved
             for buffer in run.raw_model.buffers():
                 dist.broadcast(buffer, 0)
-        run.interrupt["safe"] = True                                # a signal may end it at once
         result = evaluate(run.raw_model, run.val_loader, run.device, run.dtype,
                           run.task.validation_losses(run))
         run.interrupt["safe"] = False
