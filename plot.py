@@ -203,7 +203,7 @@ def plot_arms(groups, path, score="AP"):
                 axis.axvline(mean, color="gray", linestyle=":")
         axis.set(title=title, xlabel=f"{score}, a dot for each seed", yticks=range(len(arms)),
                  yticklabels=list(arms))
-        axis.invert_yaxis()
+        axis.set_ylim(len(arms) - 0.5, -0.5)                         # the first arm on top
         axis.grid(alpha=0.3)
     save(figure, path, 100)
 
