@@ -3499,6 +3499,22 @@ def test_the_backbone_has_its_own_learning_rate_and_0_freezes_it():
     assert norms and not any(m.training for m in norms)              # keep their statistics, too
 
 
+@pytest.mark.parametrize("dtype, tf32", [("float32", False), ("bfloat16", True)])
+def test_float32_is_computed_without_tf32(dtype, tf32):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not tf32
+    run(*TINY, "--dtype", dtype, "--epochs", 1)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
+@pytest.mark.parametrize("machine, processes, allowed, cores", [
+    (64, 1, 64, 64), (64, 8, 64, 8), (64, 8, 8, 8), (64, 1, 2, 2)])
+def test_a_process_counts_its_share_of_the_cores(monkeypatch, machine, processes, allowed, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert train.count_cores() == cores
+
+
 # -- formats.py: other people's data sets --------------------------------------------------------
 
 def write_files(files, root="."):
